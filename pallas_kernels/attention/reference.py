@@ -1,0 +1,111 @@
+"""The oracle: one sequence after the other, dense scores, float32, nothing skipped. Slow and obviously right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import KVSpec, Ragged, token_rows
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("pages",), meta_fields=())
+@dataclass(frozen=True)
+class ReferenceKV:
+    """Pages in the canonical form `[pages, page_size, 2, kv_heads, head_dim]`."""
+
+    pages: jax.Array
+
+    @property
+    def spec(self) -> KVSpec:
+        _, page_size, _, kv_heads, head_dim = self.pages.shape
+        return KVSpec(kv_heads, head_dim, page_size, self.pages.dtype)
+
+    @property
+    def backend(self) -> str:
+        return "reference"
+
+
+def refuse(*, spec: KVSpec) -> str | None:
+    """It takes everything."""
+    return None
+
+
+def allocate(spec: KVSpec, num_pages: int) -> ReferenceKV:
+    return ReferenceKV(jnp.zeros((num_pages, spec.page_size, 2, spec.kv_heads, spec.head_dim), spec.dtype))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    kv: ReferenceKV,
+    ragged: Ragged,
+    *,
+    window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, ReferenceKV]:
+    num_tokens, q_heads, head_dim = q.shape
+    spec = kv.spec
+    page, offset, seq = token_rows(ragged, num_tokens, spec.page_size)
+    pages = kv.pages
+    if k is not None and v is not None:
+        pages = pages.at[page, offset].set(jnp.stack([k, v], axis=1).astype(pages.dtype))
+    out = jnp.zeros(q.shape, jnp.float32)
+    lse = jnp.full((num_tokens, q_heads), -jnp.inf)
+    for s in range(ragged.kv_len.shape[0]):
+        rows = pages[ragged.page_table[s]].reshape(-1, 2, spec.kv_heads, head_dim).astype(jnp.float32)
+        seen = _visible(ragged, s, seq == s, rows.shape[0], window)
+        rows = jnp.where(jnp.any(seen, axis=0)[:, None, None, None], rows, 0.0)  # what nobody sees may be NaN
+        keys, values = (jnp.repeat(rows[:, i], q_heads // spec.kv_heads, axis=1) for i in (0, 1))
+        scores = jnp.einsum("tnh,rnh->tnr", q.astype(jnp.float32), keys) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(seen[:, None, :], scores, -jnp.inf)
+        if sinks is not None:
+            sink = jnp.broadcast_to(sinks[None, :, None], (num_tokens, q_heads, 1))
+            scores = jnp.concatenate([scores, sink], axis=-1)
+            values = jnp.concatenate([values, jnp.zeros((1, q_heads, head_dim))])
+        total = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.exp(scores - jnp.where(jnp.isfinite(total), total, 0.0)[..., None])
+        mine = (seq == s)[:, None]
+        out = jnp.where(mine[..., None], jnp.einsum("tnr,rnh->tnh", weights, values), out)
+        lse = jnp.where(mine, total, lse)
+    return out.astype(q.dtype), lse, ReferenceKV(pages)
+
+
+def _visible(ragged: Ragged, s: int, mine: jax.Array, num_rows: int, window: int | None) -> jax.Array:
+    """bool[tokens, rows]: which rows of sequence s each token sees."""
+    row = jnp.arange(num_rows)[None, :]
+    position = row if ragged.kv_position is None else ragged.kv_position[s][None, :num_rows]
+    query = ragged.q_position[:, None]
+    seen = (row < ragged.kv_len[s]) & (position <= query) & mine[:, None]
+    if ragged.ancestors is not None:
+        first = ragged.kv_len[s] - jnp.sum(mine)  # the first row that is one of this call's query tokens
+        node = jnp.clip(row - first, 0, 32 * ragged.ancestors.shape[1] - 1)
+        bit = (jnp.take_along_axis(ragged.ancestors, node // 32, axis=1) >> (node % 32).astype(jnp.uint32)) & 1
+        seen &= jnp.where(row >= first, bit == 1, True)
+    if window is not None:
+        seen &= position > query - window
+    return seen
+
+
+def read_pages(kv: ReferenceKV, pages: jax.Array) -> jax.Array:
+    return kv.pages[pages]
+
+
+def write_pages(kv: ReferenceKV, pages: jax.Array, values: jax.Array) -> ReferenceKV:
+    return ReferenceKV(kv.pages.at[pages].set(values.astype(kv.pages.dtype)))
+
+
+def copy_pages(kv: ReferenceKV, source: jax.Array, target: jax.Array) -> ReferenceKV:
+    return ReferenceKV(kv.pages.at[target].set(kv.pages[source]))
+
+
+def move_rows(kv: ReferenceKV, source: Any, target: Any) -> ReferenceKV:
+    return ReferenceKV(kv.pages.at[target].set(kv.pages[source]))

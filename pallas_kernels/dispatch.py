@@ -1,0 +1,81 @@
+"""Which implementation of an operation runs: an automatic choice that explains itself, or a forced one that may refuse.
+
+Hides importing backends on use and remembering what was logged. A backend is a module that supplies the operation's
+own functions (`run`, as a rule) and `refuse(**case) -> str | None`, which is asked before anything is traced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_logged: set[tuple[str, str]] = set()  # (operation, case) whose automatic choice was logged already
+
+
+class BackendError(ValueError):
+    """A backend that does not exist, or refuses the case it was forced on; the message says what would work."""
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """An operation and its backends, `"name": "module"`, in the order in which an automatic choice prefers them."""
+
+    name: str
+    backends: Mapping[str, str]
+
+    def load(self, backend: str) -> Any:
+        """The module of a backend, imported on first use. Raises BackendError for an unknown name."""
+        if backend not in self.backends:
+            raise BackendError(f"{self.name} backend {backend!r} is not one of auto, {', '.join(self.backends)}")
+        return importlib.import_module(self.backends[backend])
+
+    def refusals(self, **case: Any) -> dict[str, str | None]:
+        """For each backend: None where it takes the case, else its reason."""
+        return {name: self.load(name).refuse(**case) for name in self.backends}
+
+    def choose(self, backend: str, /, **case: Any) -> tuple[str, Any]:
+        """`(name, module)` of the backend for `case`, the keyword arguments of every backend's `refuse`.
+
+        `backend` is "auto" (the first that does not refuse) or a name. Raises BackendError when the named backend, or
+        every backend, refuses.
+        """
+        if backend == "auto":
+            return self._first_willing(case)
+        module = self.load(backend)
+        reason = module.refuse(**case)
+        if reason is None:
+            return backend, module
+        willing = [name for name, refusal in self.refusals(**case).items() if refusal is None]
+        advice = f"what would work: auto, {', '.join(willing)}" if willing else "no other backend takes it either"
+        raise BackendError(f"{self.name} backend {backend!r} refuses {_describe(case)}: {reason} ({advice})")
+
+    def _first_willing(self, case: dict[str, Any]) -> tuple[str, Any]:
+        reasons: dict[str, str] = {}
+        for name in self.backends:
+            module = self.load(name)
+            reason = module.refuse(**case)
+            if reason is None:
+                self._log_once(name, reasons, case)
+                return name, module
+            reasons[name] = reason
+        raise BackendError(f"no {self.name} backend takes {_describe(case)}: {_join(reasons)}")
+
+    def _log_once(self, chosen: str, reasons: dict[str, str], case: dict[str, Any]) -> None:
+        described = _describe(case)
+        if (self.name, described) not in _logged:
+            _logged.add((self.name, described))
+            refused = f"; refused by {_join(reasons)}" if reasons else ""
+            logger.info("%s (%s): %s%s", self.name, described, chosen, refused)
+
+
+def _describe(case: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in case.items())
+
+
+def _join(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -1,0 +1,110 @@
+"""Native bfloat16 matmul for CPUs: machine code made at run time by llvmlite, called by XLA through its FFI.
+
+Hides compiling, registration (once per process, on first use) and the CPUs it suits. Decoding is bound by reading
+weights; this reads them at about the speed of memory, where XLA:CPU reaches a third of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform as host
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.matmul import llvm_handler, llvm_tiles
+
+TARGET_NAME = "jaxinfer_matmul_bf16_v1"  # stands in compiled programs: a new number for every change of the contract
+MAX_ROWS = 64  # above, XLA's dot is as fast
+OUT_DTYPES = ("bfloat16", "float32")
+
+_registration = threading.Lock()
+
+
+def refuse(*, rows: int, in_size: int, out_size: int, dtype: str, out_dtype: str, platform: str) -> str | None:
+    """None, or why this case is not served. Compiles the kernel when nothing else speaks against it."""
+    if platform != "cpu":
+        return f"it is for CPUs, the platform is {platform}"
+    if dtype != "bfloat16":
+        return f"it multiplies bfloat16, not {dtype} (in float32, XLA's dot promises a row's bits)"
+    if out_dtype not in OUT_DTYPES:
+        return f"out_dtype {out_dtype} is not one of {', '.join(OUT_DTYPES)}"
+    if rows > MAX_ROWS:
+        return f"{rows} rows are more than {MAX_ROWS}: they are bound by arithmetic, where XLA's dot is as fast"
+    with _registration:
+        return _register()
+
+
+def run(x: jax.Array, weight: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
+    """`x bf16[rows, in]`, `weight bf16[out, in]` -> `[rows, out]`; after `refuse` has returned None."""
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)
+    return jax.ffi.ffi_call(TARGET_NAME, result, vmap_method="sequential")(x, weight)
+
+
+@functools.cache
+def _register() -> str | None:
+    """Compile for this CPU and tell XLA; returns why that is impossible, or None."""
+    if sys.platform == "win32":
+        return "it needs a POSIX system"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed: pip install llvmlite"
+    isa = _host_isa()
+    if isinstance(isa, str):
+        return isa
+    try:
+        address = _compile(isa)
+    except RuntimeError as error:
+        return f"this llvmlite cannot compile it: {error}"
+    jax.local_devices(backend="cpu")  # before there is a client, a registration is only kept for later, unchecked
+    try:
+        jax.ffi.register_ffi_target(TARGET_NAME, jax.ffi.pycapsule(address), platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        api = f"{llvm_handler.API_MAJOR}.{llvm_handler.API_MINOR}"
+        return f"this jaxlib does not take handlers of XLA FFI {api}: {error}"
+    return None
+
+
+def _host_isa() -> llvm_tiles.Isa | str:
+    """The best instruction set of this machine, or why there is none."""
+    from llvmlite import binding
+
+    machine = host.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return llvm_tiles.NEON
+    features = binding.get_host_cpu_features()
+    if machine not in ("x86_64", "amd64") or not (features.get("avx2") and features.get("fma")):
+        return f"it needs x86-64 with AVX2 and FMA, or 64-bit Arm; this is {machine} ({binding.get_host_cpu_name()})"
+    if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
+        return llvm_tiles.AVX512_BF16 if features.get("avx512bf16") else llvm_tiles.AVX512
+    return llvm_tiles.AVX2
+
+
+def _compile(isa: llvm_tiles.Isa) -> int:
+    """The address of the handler's machine code, which stays for the life of the process."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=2
+    )
+    module = binding.parse_assembly(ir(isa))
+    module.triple = machine.triple
+    module.data_layout = str(machine.target_data)
+    module.verify()
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(module, passes)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    address = engine.get_function_address(TARGET_NAME)
+    engine.detach()  # never freed: XLA may call it until the process ends
+    return address
+
+
+def ir(isa: llvm_tiles.Isa) -> str:
+    """The whole kernel as LLVM IR."""
+    handler = llvm_handler.module(TARGET_NAME, chunk_multiple=llvm_tiles.OUTS)
+    return llvm_tiles.module(isa) + handler

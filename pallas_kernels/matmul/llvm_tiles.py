@@ -1,0 +1,336 @@
+"""LLVM IR that multiplies bfloat16 rows by bfloat16 weights `[out, in]` on one core.
+
+Hides the instruction set, register blocking, prefetching and the order of additions. Every output is one accumulator
+vector that walks along `in`, then a fixed tree over its lanes. So the bits of a row do not depend on which tile it
+fell into, hence neither on the number of rows nor on the number of cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OUTS = 4  # rows of weight per tile, and vectors that one lane reduction sums at once
+NEAR_BYTES = 512  # how far ahead in its own row a weight is fetched into L1
+L1, L2 = 3, 2  # localities of llvm.prefetch
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set seen from here."""
+
+    bf16_dot: bool  # AVX512-BF16's vdpbf16ps; else bfloat16 is widened and multiplied in float32
+    lanes: int  # float32 values per vector
+    tile_rows: int  # rows of x per tile: tile_rows * OUTS accumulators fit the registers
+
+    @property
+    def step(self) -> int:
+        """bfloat16 values per vector."""
+        return 2 * self.lanes
+
+    @property
+    def acc(self) -> str:
+        return f"<{self.lanes} x float>"
+
+    @property
+    def words(self) -> str:
+        return f"<{self.lanes} x i32>"
+
+    @property
+    def halves(self) -> str:
+        return f"<{self.step} x i16>"
+
+
+AVX512_BF16 = Isa(bf16_dot=True, lanes=16, tile_rows=4)
+AVX512 = Isa(bf16_dot=False, lanes=16, tile_rows=4)
+AVX2 = Isa(bf16_dot=False, lanes=8, tile_rows=2)
+NEON = Isa(bf16_dot=False, lanes=4, tile_rows=4)
+
+
+class Code:
+    """The lines of one IR function, with fresh value names."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def let(self, expression: str) -> str:
+        """Append `%v = expression`; returns `%v`."""
+        name = f"%v{len(self.lines)}"
+        self.lines.append(f"  {name} = {expression}")
+        return name
+
+    def do(self, *lines: str) -> None:
+        self.lines += [f"  {line}" for line in lines]
+
+    def label(self, name: str) -> None:
+        self.lines.append(f"{name}:")
+
+    def at(self, base: str, element: str, index: str | int) -> str:
+        """The address of `base[index]`."""
+        return self.let(f"getelementptr {element}, ptr {base}, i64 {index}")
+
+
+def module(isa: Isa) -> str:
+    """IR of `@panel(x, w, out, rows, in, outs, out_stride, wide)`: `outs` outputs of `rows` rows.
+
+    `x` and `w` are bfloat16 rows of `in` values; `out` is float32 if `wide`, else bfloat16, `out_stride` values a row.
+    """
+    variants = [(rows, outs, ahead) for rows in range(1, isa.tile_rows + 1) for outs, ahead in _shapes()]
+    return "\n".join([_declarations(isa), *(_tile(isa, *variant) for variant in variants), _panel(isa)])
+
+
+def _shapes() -> list[tuple[int, int]]:
+    """(outs, ahead) of the tiles: `ahead` is how many rows of the next tile are fetched while this one is computed.
+
+    With n row blocks a tile is walked n times, so each walk has to fetch 1/n of the next one.
+    """
+    return [(1, 0), (OUTS, 1), (OUTS, 2), (OUTS, OUTS)]
+
+
+def _declarations(isa: Isa) -> str:
+    lines = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"]
+    mask = f"<{isa.step} x i1>"
+    lines.append(f"declare {isa.halves} @llvm.masked.load.v{isa.step}i16.p0(ptr, i32, {mask}, {isa.halves})")
+    if isa.bf16_dot:
+        vector = f"<{isa.step} x bfloat>"
+        lines.append(f"declare {isa.acc} @llvm.x86.avx512bf16.dpbf16ps.512({isa.acc}, {vector}, {vector})")
+    else:
+        lines.append(f"declare {isa.acc} @llvm.fma.v{isa.lanes}f32({isa.acc}, {isa.acc}, {isa.acc})")
+    return "\n".join(lines) + "\n"
+
+
+def _tile(isa: Isa, rows: int, outs: int, ahead: int) -> str:
+    """`rows` rows of x times `outs` rows of weight: one accumulator each, along all of `in`."""
+    code = Code()
+    count = rows * outs
+    code.do("%row_bytes = shl i64 %in, 1", f"%full = and i64 %in, -{isa.step}")
+    xs, ws = _row_pointers(code, "%x", rows), _row_pointers(code, "%w", outs)
+    nexts = _row_pointers(code, "%next", ahead)
+    code.do("%any = icmp ne i64 %full, 0", "br i1 %any, label %loop, label %rest")
+    code.label("loop")
+    code.do("%k = phi i64 [0, %entry], [%k_next, %loop]")
+    code.do(*(f"%a{i} = phi {isa.acc} [zeroinitializer, %entry], [%b{i}, %loop]" for i in range(count)))
+    for target in nexts:
+        _prefetch(code, code.at(target, "i16", "%k"), L2)
+    if outs > 1:
+        for w in ws:
+            _prefetch(code, code.at(code.at(w, "i16", "%k"), "i8", NEAR_BYTES), L1)
+    load = lambda base: code.let(f"load {isa.halves}, ptr {code.at(base, 'i16', '%k')}, align 2")
+    _accumulate(code, isa, [load(w) for w in ws], [load(x) for x in xs], "a", "b")
+    code.do(f"%k_next = add i64 %k, {isa.step}", "%more = icmp ult i64 %k_next, %full")
+    code.do("br i1 %more, label %loop, label %rest")
+    code.label("rest")
+    code.do(*(f"%c{i} = phi {isa.acc} [zeroinitializer, %entry], [%b{i}, %loop]" for i in range(count)))
+    code.do("%left = sub i64 %in, %full", "%ragged = icmp ne i64 %left, 0")
+    code.do("br i1 %ragged, label %tail, label %reduce")
+    code.label("tail")
+    _tail(code, isa, ws, xs)
+    code.label("reduce")
+    code.do(*(f"%e{i} = phi {isa.acc} [%c{i}, %rest], [%d{i}, %tail]" for i in range(count)))
+    sums = [_sum_lanes(code, [f"%e{r * outs + c}" for c in range(outs)], isa.lanes) for r in range(rows)]
+    _store(code, sums, outs)
+    signature = "ptr noalias %x, ptr noalias %w, ptr noalias %out, i64 %in, i64 %out_stride, i1 %wide, ptr %next"
+    body = "\n".join(code.lines)
+    return f"define internal void {_name(rows, outs, ahead)}({signature}) nounwind {{\nentry:\n{body}\n}}\n"
+
+
+def _name(rows: int, outs: int, ahead: int) -> str:
+    return f"@tile_{rows}x{outs}_{ahead}"
+
+
+def _row_pointers(code: Code, base: str, count: int) -> list[str]:
+    pointers = [base]
+    while len(pointers) < count:
+        pointers.append(code.at(pointers[-1], "i8", "%row_bytes"))
+    return pointers[:count]
+
+
+def _prefetch(code: Code, pointer: str, locality: int) -> None:
+    code.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {locality}, i32 1)")
+
+
+def _accumulate(code: Code, isa: Isa, ws: list[str], xs: list[str], old: str, new: str) -> None:
+    """`%new[r, c] = %old[r, c] + xs[r] * ws[c]`, lane by lane, two products per lane."""
+    outs = len(ws)
+    if isa.bf16_dot:
+        vector = f"<{isa.step} x bfloat>"
+        as_bf16 = lambda value: code.let(f"bitcast {isa.halves} {value} to {vector}")
+        ws, xs = [as_bf16(w) for w in ws], [as_bf16(x) for x in xs]
+        for i in range(len(xs) * outs):
+            operands = f"{isa.acc} %{old}{i}, {vector} {ws[i % outs]}, {vector} {xs[i // outs]}"
+            code.do(f"%{new}{i} = call {isa.acc} @llvm.x86.avx512bf16.dpbf16ps.512({operands})")
+        return
+    middle = f"{new}m"
+    for odd, source, target in ((False, old, middle), (True, middle, new)):
+        wide_ws = [_widen(code, isa, w, odd) for w in ws]
+        for r, x in enumerate(xs):
+            wide_x = _widen(code, isa, x, odd)
+            for c, w in enumerate(wide_ws):
+                i = r * outs + c
+                operands = f"{isa.acc} {w}, {isa.acc} {wide_x}, {isa.acc} %{source}{i}"
+                code.do(f"%{target}{i} = call {isa.acc} @llvm.fma.v{isa.lanes}f32({operands})")
+
+
+def _widen(code: Code, isa: Isa, value: str, odd: bool) -> str:
+    """The even (or odd) bfloat16 values as float32: a bfloat16 is the upper half of its float32."""
+    words = code.let(f"bitcast {isa.halves} {value} to {isa.words}")
+    if odd:
+        bits = code.let(f"and {isa.words} {words}, {_splat(-65536, isa.lanes)}")
+    else:
+        bits = code.let(f"shl {isa.words} {words}, {_splat(16, isa.lanes)}")
+    return code.let(f"bitcast {isa.words} {bits} to {isa.acc}")
+
+
+def _tail(code: Code, isa: Isa, ws: list[str], xs: list[str]) -> None:
+    """The last `in % step` values; lanes past the end load zeros and touch no memory."""
+    vector = f"<{isa.step} x i32>"
+    left = code.let("trunc i64 %left to i32")
+    first = code.let(f"insertelement {vector} poison, i32 {left}, i32 0")
+    limit = code.let(f"shufflevector {vector} {first}, {vector} poison, {vector} zeroinitializer")
+    mask = code.let(f"icmp ult {vector} {_constants(list(range(isa.step)))}, {limit}")
+
+    def load(base: str) -> str:
+        operands = f"ptr {code.at(base, 'i16', '%full')}, i32 2, <{isa.step} x i1> {mask}, {isa.halves} zeroinitializer"
+        return code.let(f"call {isa.halves} @llvm.masked.load.v{isa.step}i16.p0({operands})")
+
+    _accumulate(code, isa, [load(w) for w in ws], [load(x) for x in xs], "c", "d")
+    code.do("br label %reduce")
+
+
+def _sum_lanes(code: Code, vectors: list[str], lanes: int) -> str:
+    """`<n x float>`: the sum of each of n vectors' lanes. Lane i takes lane i + half, until one is left.
+
+    Several vectors are folded into one on the way, which leaves the additions what they are and saves shuffles.
+    """
+    held = 1  # accumulators interleaved in each vector
+    while lanes > 1 or len(vectors) > 1:
+        if lanes == 1:
+            raise AssertionError(f"{len(vectors)} vectors of one lane cannot be folded")
+        half = lanes // 2
+        paired = len(vectors) > 1
+        width = lanes * held
+        low = [s * lanes + i for s in range(held * (2 if paired else 1)) for i in range(half)]
+        folded = []
+        for first in range(0, len(vectors), 2 if paired else 1):
+            operands = f"<{width} x float> {vectors[first]}, <{width} x float> "
+            operands += vectors[first + 1] if paired else "poison"
+            a = code.let(f"shufflevector {operands}, <{len(low)} x i32> {_constants(low)}")
+            b = code.let(f"shufflevector {operands}, <{len(low)} x i32> {_constants([i + half for i in low])}")
+            folded.append(code.let(f"fadd <{len(low)} x float> {a}, {b}"))
+        vectors, lanes = folded, half
+        held *= 2 if paired else 1
+    return vectors[0]
+
+
+def _store(code: Code, sums: list[str], outs: int) -> None:
+    """One vector of `outs` results per row, as float32 or rounded to bfloat16."""
+    offsets = [code.let(f"mul i64 %out_stride, {r}") for r in range(len(sums))]
+    code.do("br i1 %wide, label %store_wide, label %store_narrow")
+    code.label("store_wide")
+    for offset, value in zip(offsets, sums, strict=True):
+        code.do(f"store <{outs} x float> {value}, ptr {code.at('%out', 'float', offset)}, align 4")
+    code.do("ret void")
+    code.label("store_narrow")
+    for offset, value in zip(offsets, sums, strict=True):
+        rounded = _round_to_bf16(code, value, outs)
+        code.do(f"store <{outs} x i16> {rounded}, ptr {code.at('%out', 'i16', offset)}, align 2")
+    code.do("ret void")
+
+
+def _round_to_bf16(code: Code, value: str, count: int) -> str:
+    """Nearest even, in integers (no library call on CPUs without the instruction); NaN stays NaN."""
+    words = f"<{count} x i32>"
+    bits = code.let(f"bitcast <{count} x float> {value} to {words}")
+    upper = code.let(f"lshr {words} {bits}, {_splat(16, count)}")
+    odd = code.let(f"and {words} {upper}, {_splat(1, count)}")
+    biased = code.let(f"add {words} {bits}, {_splat(0x7FFF, count)}")
+    rounded = code.let(f"lshr {words} {code.let(f'add {words} {biased}, {odd}')}, {_splat(16, count)}")
+    quiet = code.let(f"or {words} {upper}, {_splat(0x40, count)}")
+    is_nan = code.let(f"fcmp uno <{count} x float> {value}, zeroinitializer")
+    chosen = code.let(f"select <{count} x i1> {is_nan}, {words} {quiet}, {words} {rounded}")
+    return code.let(f"trunc {words} {chosen} to <{count} x i16>")
+
+
+def _constants(values: list[int]) -> str:
+    return "<" + ", ".join(f"i32 {value}" for value in values) + ">"
+
+
+def _splat(value: int, count: int) -> str:
+    return _constants([value] * count)
+
+
+def _panel(isa: Isa) -> str:
+    """Tiles over `outs`; within each, blocks of rows as equal as they can be (5 rows are 3 + 2, not 4 + 1)."""
+    cases = "".join(_cases(isa, outs, ahead) for outs, ahead in _shapes())
+    signature = "ptr %x, ptr %w, ptr %out, i64 %rows, i64 %in, i64 %outs, i64 %out_stride, i1 %wide"
+    choices = " ".join(f"i64 {ahead}, label %tiles_{outs}_{ahead}" for outs, ahead in _shapes()[1:])
+    return f"""
+define internal void @panel({signature}) nounwind {{
+entry:
+  %rows_up = add i64 %rows, {isa.tile_rows - 1}
+  %blocks = udiv i64 %rows_up, {isa.tile_rows}
+  %one_block = icmp eq i64 %blocks, 1
+  %many_blocks = icmp uge i64 %blocks, {OUTS}
+  %some = select i1 %many_blocks, i64 1, i64 2
+  %ahead = select i1 %one_block, i64 {OUTS}, i64 %some
+  %value_bytes = select i1 %wide, i64 4, i64 2
+  %out_row_bytes = mul i64 %out_stride, %value_bytes
+  %row_bytes = shl i64 %in, 1
+  br label %outs_loop
+outs_loop:
+  %c = phi i64 [0, %entry], [%c_next, %outs_end]
+  %c_left = sub i64 %outs, %c
+  %is_full = icmp uge i64 %c_left, {OUTS}
+  %width = select i1 %is_full, i64 {OUTS}, i64 1
+  %w_offset = mul i64 %c, %row_bytes
+  %w_tile = getelementptr i8, ptr %w, i64 %w_offset
+  %c_offset = mul i64 %c, %value_bytes
+  %out_tile = getelementptr i8, ptr %out, i64 %c_offset
+  br label %rows_loop
+rows_loop:
+  %r = phi i64 [0, %outs_loop], [%r_next, %rows_end]
+  %block = phi i64 [0, %outs_loop], [%block_next, %rows_end]
+  %r_left = sub i64 %rows, %r
+  %blocks_left = sub i64 %blocks, %block
+  %sum = add i64 %r_left, %blocks_left
+  %ceil = sub i64 %sum, 1
+  %size = udiv i64 %ceil, %blocks_left
+  %x_offset = mul i64 %r, %row_bytes
+  %x_tile = getelementptr i8, ptr %x, i64 %x_offset
+  %r_offset = mul i64 %r, %out_row_bytes
+  %out_block = getelementptr i8, ptr %out_tile, i64 %r_offset
+  %fetched = mul i64 %block, %ahead
+  %fetch_row = urem i64 %fetched, {OUTS}
+  %next_row = add i64 %fetch_row, {OUTS}
+  %next_offset = mul i64 %next_row, %row_bytes
+  %next = getelementptr i8, ptr %w_tile, i64 %next_offset
+  br i1 %is_full, label %tiles, label %tiles_1_0
+tiles:
+  switch i64 %ahead, label %never [{choices}]
+{cases}
+never:
+  unreachable
+rows_end:
+  %r_next = add i64 %r, %size
+  %block_next = add i64 %block, 1
+  %more_rows = icmp ult i64 %r_next, %rows
+  br i1 %more_rows, label %rows_loop, label %outs_end
+outs_end:
+  %c_next = add i64 %c, %width
+  %more_outs = icmp ult i64 %c_next, %outs
+  br i1 %more_outs, label %outs_loop, label %exit
+exit:
+  ret void
+}}
+"""
+
+
+def _cases(isa: Isa, outs: int, ahead: int) -> str:
+    """A switch over the rows of a block, to the tiles of one shape."""
+    arguments = "ptr %x_tile, ptr %w_tile, ptr %out_block, i64 %in, i64 %out_stride, i1 %wide, ptr %next"
+    sizes = range(1, isa.tile_rows + 1)
+    labels = {rows: f"rows_{rows}_{outs}_{ahead}" for rows in sizes}
+    lines = [f"tiles_{outs}_{ahead}:"]
+    lines.append(f"  switch i64 %size, label %never [{' '.join(f'i64 {n}, label %{labels[n]}' for n in sizes)}]")
+    for rows in sizes:
+        lines += [f"{labels[rows]}:", f"  call void {_name(rows, outs, ahead)}({arguments})", "  br label %rows_end"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,197 @@
+"""What a model is (`ModelConfig`) and how an engine runs it (`EngineConfig`).
+
+Both are frozen and validated when made; every field is read somewhere (tests/test_architecture.py).
+Only this module, serving/cli.py and sharding/multihost.py read the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be honoured; the message names the value and the choices."""
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's rope scaling: long wavelengths slowed by `factor`, short ones kept, a smooth ramp between.
+
+    Source: Llama 3.1 reference implementation (Meta, 2024); "The Llama 3 Herd of Models", section 3.4.2.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021), rotate-half convention. Frozen, so layers can share one."""
+
+    theta: float
+    scaling: Llama3Scaling | None = None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one decoder layer is, where layers differ."""
+
+    window: int | None = None  # tokens a query sees, itself included; None = all
+    kv_from: int | None = None  # an earlier layer whose K/V this layer reads (cross-layer attention)
+    rope: RopeSpec | None = None  # None = no rotation
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder; `layers` is one LayerSpec per layer, so depth cannot disagree with it."""
+
+    architecture: str
+    vocab_size: int
+    embed_size: int
+    ffn_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    tie_embeddings: bool
+    max_position: int
+    layers: tuple[LayerSpec, ...]
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embed_size", "ffn_size", "q_heads", "kv_heads", "head_dim", "max_position"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.q_heads % self.kv_heads:
+            raise ConfigError(f"q_heads={self.q_heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
+        if not self.layers:
+            raise ConfigError("a model needs at least one layer")
+        for index, layer in enumerate(self.layers):
+            if layer.window is not None and layer.window < 1:
+                raise ConfigError(f"layer {index}: window={layer.window} must be at least 1, or None for all tokens")
+            if layer.kv_from is not None:
+                if not 0 <= layer.kv_from < index or self.layers[layer.kv_from].kv_from is not None:
+                    raise ConfigError(
+                        f"layer {index}: kv_from={layer.kv_from} must name an earlier layer that owns K/V"
+                    )
+                if self.layers[layer.kv_from].window != layer.window:
+                    raise ConfigError(
+                        f"layer {index}: window must equal that of layer {layer.kv_from}, whose K/V it reads"
+                    )
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Layers whose K/V pages are handed out together: one page table per sequence and group."""
+
+    window: int | None
+    layers: tuple[int, ...]  # indices of the K/V-owning layers
+
+
+def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
+    """One group per distinct window, in order of first appearance (K/V shapes are equal within a model today)."""
+    owners: dict[int | None, list[int]] = {}
+    for index, layer in enumerate(config.layers):
+        if layer.kv_from is None:
+            owners.setdefault(layer.window, []).append(index)
+    return tuple(PageGroup(window, tuple(layers)) for window, layers in owners.items())
+
+
+BATCHING = ("continuous", "dynamic", "static")
+DTYPES = ("bfloat16", "float32")
+KERNEL_BACKENDS = ("auto", "reference", "xla")
+MATMUL_BACKENDS = ("auto", "xla", "llvm_cpu")
+
+
+def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine runs a model. The CLI's flags are generated from these fields: `max_num_seqs` -> `--max-num-seqs`."""
+
+    dtype: str = _flag("bfloat16", "dtype of weights, activations and K/V", DTYPES)
+    max_num_seqs: int = _flag(16, "decode slots: sequences that run at once")
+    max_model_len: int | None = _flag(None, "longest prompt plus completion in tokens (default: what the model allows)")
+    max_num_batched_tokens: int = _flag(512, "token budget of one mixed step: decode rows plus prefill chunks")
+    max_prefill_seqs: int = _flag(4, "sequences that may prefill in one mixed step")
+    min_prefill_bucket: int = _flag(32, "smallest compiled prefill size; buckets double from here")
+    page_size: int = _flag(32, "tokens per K/V page")
+    kv_memory_bytes: int | None = _flag(
+        None, "bytes for K/V pages (default: every slot can reach max_model_len, up to a quarter of memory)"
+    )
+    prefix_caching: bool = _flag(True, "share K/V pages between requests with a common prefix")
+    chunked_prefill: bool = _flag(
+        True, "split long prompts over steps; off: a prompt is prefilled in one step or refused"
+    )
+    batching: str = _flag(
+        "continuous", "admission: continuous, dynamic (max batch or max wait), static (full batches)", BATCHING
+    )
+    max_batch_wait_s: float = _flag(0.05, "dynamic batching: longest wait for a batch to fill, in seconds")
+    max_queue: int = _flag(1024, "requests that may wait; further ones are refused")
+    loop_steps: int = _flag(16, "most decode steps in one compiled loop call")
+    stream_interval_s: float = _flag(0.1, "aimed time between streamed chunks; sets the loop length while nobody waits")
+    watchdog_s: float = _flag(120.0, "report a device call that has not returned after this many seconds")
+    seed: int = _flag(0, "seed for requests that bring none")
+    attention_backend: str = _flag("auto", "attention kernel", KERNEL_BACKENDS)
+    matmul_backend: str = _flag("auto", "matrix multiplication kernel", MATMUL_BACKENDS)
+    compilation_cache_dir: str | None = _flag(
+        None, "persistent compilation cache (default: ~/.cache/jaxinfer/xla; empty string: off)"
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("batching", BATCHING),
+            ("attention_backend", KERNEL_BACKENDS),
+            ("matmul_backend", MATMUL_BACKENDS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_prefill_seqs",
+            "min_prefill_bucket",
+            "page_size",
+            "max_queue",
+            "loop_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_model_len", "kv_memory_bytes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1, or left out")
+        for name in ("max_batch_wait_s", "stream_interval_s", "watchdog_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.min_prefill_bucket > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"min_prefill_bucket={self.min_prefill_bucket} is over max_num_batched_tokens={self.max_num_batched_tokens}"
+            )
+
+
+def flag_fields(config_class: type) -> list[dataclasses.Field]:
+    """The fields of a config dataclass that become command-line flags."""
+    return [f for f in dataclasses.fields(config_class) if "help" in f.metadata]
+
+
+def default_compilation_cache() -> Path:
+    """`$XDG_CACHE_HOME/jaxinfer/xla`, or below ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "jaxinfer" / "xla"
+
+
+def shipped_model() -> Path:
+    """Directory of the model that ships with the project."""
+    return Path(__file__).parent / "assets" / "tiny_python"

@@ -1,0 +1,234 @@
+"""config.json -> ModelConfig: what is read, what is ignored, and that everything else is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.config import ConfigError, Llama3Scaling, ModelConfig
+from jaxinfer.models import ARCHITECTURES, load_config, weight_name
+from jaxinfer.models.transformer import abstract_parameters
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+WINDOWED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+
+
+def read(tmp_path: Path, architecture: str = "LlamaForCausalLM", generation: Any = None, **fields: Any) -> ModelConfig:
+    """load_config of SMALL with `fields` changed; a value of ... removes one."""
+    hf = {"architectures": [architecture]} | SMALL | fields
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in hf.items() if v is not ...}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    return load_config(tmp_path)
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [layer.window for layer in config.layers]
+
+
+def test_every_field_lands_where_it_belongs(tmp_path: Path) -> None:
+    config = read(tmp_path, head_dim=32, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.vocab_size, config.embed_size, config.ffn_size, config.max_position) == (100, 64, 96, 128)
+    assert (config.q_heads, config.kv_heads, config.head_dim, config.norm_eps) == (4, 2, 32, 1e-5)
+    assert (config.tie_embeddings, config.bos_token_id, config.eos_token_ids) == (True, 1, (2,))
+    assert windows(config) == [None] * 4
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = read(tmp_path, num_key_value_heads=...)
+    assert (config.kv_heads, config.head_dim, config.tie_embeddings) == (4, 16, False)
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    assert config.layers[0].rope is not None and config.layers[0].rope.theta == 10000.0
+    assert read(tmp_path, head_dim=None, num_key_value_heads=None) == config
+    assert isinstance(load_config(str(tmp_path)), ModelConfig)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3", "rope_type": "llama3"}},
+        {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 500000}},
+        {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5}, "rope_theta": 5e5},
+    ],
+)
+def test_llama3_rope_scaling_of_every_transformers_version(tmp_path: Path, fields: dict[str, Any]) -> None:
+    rope = read(tmp_path, **fields).layers[3].rope
+    assert rope is not None and rope.theta == 5e5
+    assert rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 1.0}, "rope_theta": 5e5},
+    ],
+)
+def test_unscaled_rope(tmp_path: Path, fields: dict[str, Any]) -> None:
+    rope = read(tmp_path, **fields).layers[0].rope
+    assert rope is not None and (rope.theta, rope.scaling) == (5e5, None)
+
+
+def test_mistral_windows(tmp_path: Path) -> None:
+    assert windows(read(tmp_path, "MistralForCausalLM", sliding_window=16)) == [16] * 4
+    assert windows(read(tmp_path, "MistralForCausalLM", sliding_window=None)) == [None] * 4
+    assert windows(read(tmp_path, "MistralForCausalLM")) == [4096] * 4  # transformers' default
+
+
+def test_ministral_layer_types(tmp_path: Path) -> None:
+    mixed = read(tmp_path, "MinistralForCausalLM", sliding_window=16, layer_types=WINDOWED)
+    assert windows(mixed) == [16, None, None, 16]
+    assert windows(read(tmp_path, "MinistralForCausalLM", sliding_window=16)) == [16] * 4
+    full = read(tmp_path, "MinistralForCausalLM", sliding_window=None, layer_types=["full_attention"] * 4)
+    assert windows(full) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("ours", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 3], None, (2, 3)),
+        (2, {"eos_token_id": [4, 2, 5]}, (2, 4, 5)),
+        (None, {"eos_token_id": 7, "temperature": 0.6, "do_sample": True}, (7,)),
+        (..., {}, ()),
+    ],
+)
+def test_end_tokens_of_both_files(tmp_path: Path, ours: Any, generation: Any, expected: tuple[int, ...]) -> None:
+    assert read(tmp_path, generation=generation, eos_token_id=ours).eos_token_ids == expected
+
+
+def test_fields_that_cannot_matter_are_ignored(tmp_path: Path) -> None:
+    harmless = {
+        "torch_dtype": "float16",
+        "dtype": "bfloat16",
+        "transformers_version": "4.55.0",
+        "model_type": "llama",
+        "use_cache": False,
+        "initializer_range": 0.5,
+        "attention_dropout": 0.1,
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "sliding_window": None,
+    }
+    assert read(tmp_path, **harmless) == read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_bias": True}, r"attention_bias=True .*supported: attention_bias=False"),
+        ({"mlp_bias": True}, r"mlp_bias=True .*supported: mlp_bias=False"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu' .*supported: hidden_act='silu'"),
+        ({"pretraining_tp": 2}, r"pretraining_tp=2 .*supported: pretraining_tp=1"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config=.*supported: its absence"),
+        ({"sliding_window": 16}, r"sliding_window=16 .*supported: its absence"),
+        ({"logit_cap": 30.0}, r"unknown field logit_cap=30\.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.rope_type='linear'.*default, llama3"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters\.rope_type='yarn'.*default, llama3"),
+        ({"rope_scaling": {"rope_type": "default", "type": "llama3"}}, r"rope_type='default' .*'llama3' differ"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, r"factor is missing"),
+        ({"rope_scaling": LLAMA3 | {"rope_type": "llama3", "beta": 1}}, r"unknown field rope_scaling\.beta=1"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "high_freq_factor": 1.0}}, r"high_freq_factor=1\.0 must be over"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "factor": 0}}, r"factor=0\.0 .*positive"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "default"}}, r"differ"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, r"rope_theta=500000\.0 .*differ"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
+        ({"rope_parameters": []}, r"rope_parameters=\[\] must be an object"),
+        ({"rope_theta": float("nan")}, r"rope_theta=nan must be finite"),
+        ({"rope_theta": -1.0}, r"rope_theta=-1\.0 must be positive"),
+        ({"vocab_size": ...}, r"vocab_size is missing"),
+        ({"hidden_size": "64"}, r"hidden_size='64' must be a whole number"),
+        ({"rms_norm_eps": None}, r"rms_norm_eps is missing"),
+        ({"num_hidden_layers": 0}, r"at least one layer"),
+        ({"num_attention_heads": 3}, r"hidden_size=64 is not a multiple of num_attention_heads=3"),
+        ({"num_key_value_heads": 3}, r"q_heads=4 must be a multiple of kv_heads=3"),
+        ({"tie_word_embeddings": 1}, r"tie_word_embeddings=1 must be true or false"),
+        ({"eos_token_id": 100}, r"eos_token_id=100 .*vocab_size=100"),
+        ({"eos_token_id": [1, "x"]}, r"eos_token_id=\[1, 'x'\]"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"'GPT2LMHeadModel' is not supported; supported: .*MistralForCausalLM",
+        ),
+        ({"architectures": None}, r"architectures=None must name one architecture; supported: LlamaForCausalLM"),
+        ({"architectures": [[]]}, r"architecture \[\] is not supported"),
+    ],
+)
+def test_llama_refusals_name_field_value_and_choices(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        read(tmp_path, **fields)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("MistralForCausalLM", {"layer_types": WINDOWED}, r"unknown field layer_types"),
+        ("MistralForCausalLM", {"sliding_window": 0}, r"window=0 must be at least 1"),
+        ("MistralForCausalLM", {"sliding_window": "all"}, r"sliding_window='all' must be a whole number"),
+        ("MinistralForCausalLM", {"layer_types": WINDOWED[:3]}, r"must list num_hidden_layers=4 layers"),
+        ("MinistralForCausalLM", {"layer_types": ["linear"] * 4}, r"'linear'; supported: full_attention, sliding"),
+        ("MinistralForCausalLM", {"layer_types": WINDOWED, "sliding_window": None}, r"sliding_window is null"),
+    ],
+)
+def test_mistral_refusals(tmp_path: Path, architecture: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, architecture, **fields)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere does not exist; give a Hugging Face directory"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        load_config(tmp_path)
+    for text in ("{", "[" * 100_000, "\xff"):
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON"):
+            load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json must hold a JSON object, not list"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="is not a directory"):
+        load_config(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id=100"):
+        read(tmp_path, generation={"eos_token_id": 100})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_has_a_name_of_its_own(tmp_path: Path, architecture: str, tied: bool) -> None:
+    config = read(tmp_path, architecture, tie_word_embeddings=tied)
+    assert config.architecture == architecture
+    names = [weight_name(architecture, name) for name in abstract_parameters(config, jnp.dtype(jnp.float32))]
+    assert len(set(names)) == len(names) == 3 - tied + 9 * 4
+    assert ("lm_head.weight" in names) is not tied
+    assert "model.layers.3.self_attn.k_proj.weight" in names
+
+
+def test_shipped_model_loads(shipped_model: Path) -> None:
+    config = load_config(shipped_model)
+    assert len({layer.window for layer in config.layers}) > 1  # full and sliding layers
+    assert config.kv_heads < config.q_heads

@@ -1,0 +1,108 @@
+"""What the scheduler tells the device to do (`Plan`) and hears back (`StepResult`, `Update`).
+
+Types only. Policy is in scheduler.py; the engine turns a Plan into arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxinfer.cache import Cell, PageCopy
+from jaxinfer.request import FinishReason, Request
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One completion of a request: the host's state, equal only to itself. Below the line: the scheduler's own."""
+
+    seq_id: int  # rises with arrival, so it is the order of arrival too
+    request: Request
+    index: int  # which of the request's n completions
+    seed: int
+    arrival_s: float
+    tokens: list[int]  # prompt and generated tokens, as applied
+    num_prompt: int
+    max_total: int  # prompt plus completion may not become longer
+    slot: int | None = None
+    num_cached: int = 0  # prompt tokens whose K/V came from the prefix cache at the first admission
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+    # ----
+    rank: int = 0  # 0: online, or batch promoted by age; 1: batch
+    prefill_end: int = 0  # tokens known at admission: rows [num_cached, prefill_end) come from chunks
+    prefill_planned: int = 0  # rows that planned chunks cover; below prefill_end the sequence is prefilling
+    most_pending: int = 0  # tokens that planned calls, not yet applied, produce at most
+    least_pending: int = 0  # and at least, unless the sequence stops early
+    page_rows: int = 0  # rows that its pages can hold
+    commit_at: int = 0  # the next number of rows worth a commit: a page boundary
+    was_admitted: bool = False
+    siblings: list[Sequence] = field(default_factory=list)  # held back until this one's prefill was applied
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+class Chunk(NamedTuple):
+    """K/V rows [start, start + length) of a sequence, computed in one mixed step."""
+
+    slot: int
+    sequence: Sequence
+    start: int
+    length: int
+    final: bool  # the last known token is in it, so a new token is sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence takes a slot; the device first resets the slot's page-table rows to page 0."""
+
+    slot: int
+    sequence: Sequence
+    num_cached_rows: int
+    pages: tuple[tuple[Cell, ...], ...]  # per page group: every cell of the row that is not 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One device call. Edits come first, in the order: stops, admissions, cells, copies."""
+
+    chunks: tuple[Chunk, ...]  # empty: decode_loop; else mixed_step (exactly one step)
+    admissions: tuple[Admission, ...]  # each has a chunk in the same plan
+    cells: tuple[tuple[int, Cell], ...]  # (slot, cell) of sequences admitted earlier; each at most once
+    copies: tuple[PageCopy, ...]
+    stops: tuple[int, ...]  # slots to stop before anything else; an admission may reuse one in the same plan
+    num_steps: int  # decode_loop: most steps; 1 for a mixed step
+    exit_on_free: bool  # somebody waits: leave the loop when a slot frees
+    running: tuple[tuple[int, Sequence], ...]  # may produce tokens: decode rows, then final chunks
+    num_slots: int  # 1 + highest slot in use or stopped
+    least_steps: int = 1  # steps the call makes for certain where a row is alive
+    generation: int = 0  # device resets before this plan
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a call produced, on the host.
+
+    tokens: i32[num_steps, slots], -1 where the slot produced nothing in that step.
+    finished: i8[slots], FINISHED_* codes.
+    """
+
+    tokens: np.ndarray
+    finished: np.ndarray
+
+
+RUNS, FINISHED_STOP, FINISHED_LENGTH, FINISHED_NAN = 0, 1, 2, 3
+
+
+class Update(NamedTuple):
+    """What one sequence gained from an applied call."""
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    steps: tuple[int, ...]  # row of the result arrays each token came from
+    finish_reason: FinishReason | None
+    error: str | None

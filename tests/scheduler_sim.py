@@ -1,0 +1,282 @@
+"""A device without a model: executes Plans on dictionaries, checks every row a query sees, samples from its prefix.
+
+The K/V row at a position is a hash of all tokens up to it, and the next token is a function of that row as read from
+the page. So a lost token, a foreign page or a stale page-table cell changes the output or fails at once.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxinfer.cache import CacheManager
+from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.plan import Plan, Sequence, StepResult, Update
+from jaxinfer.request import FinishReason, Priority, Request, SamplingParams
+from jaxinfer.scheduler import Scheduler, max_cells_per_plan, max_copies_per_plan
+
+VOCAB = 5
+
+
+def row_hash(previous: int, token: int) -> int:
+    return hash((previous, token))
+
+
+def root_hash(salt: str) -> int:
+    return hash(("root", len(salt)))
+
+
+def next_token(row: int, seed: int) -> int:
+    return hash((row, seed)) % VOCAB
+
+
+def expected_completion(request: Request, seed: int, max_total: int) -> tuple[list[int], FinishReason]:
+    """What the fake model generates, and why it ends. Stop id and NaN are decided as the device does."""
+    state = root_hash(request.cache_salt)
+    for token in request.prompt_token_ids:
+        state = row_hash(state, token)
+    generated: list[int] = []
+    while True:
+        if is_nan(state, seed, request):
+            return generated, FinishReason.ERROR
+        token = next_token(state, seed)
+        generated.append(token)
+        if token in request.sampling.stop_token_ids:
+            return generated, FinishReason.STOP
+        if len(request.prompt_token_ids) + len(generated) == max_total:
+            return generated, FinishReason.LENGTH
+        state = row_hash(state, token)
+
+
+def is_nan(row: int, seed: int, request: Request) -> bool:
+    """Requests named nan-* lose their logits at some rows."""
+    return request.request_id.startswith("nan-") and hash((row, seed, "nan")) % 7 == 0
+
+
+@dataclass
+class Slot:
+    sequence: Sequence
+    tokens: list[int]
+    tables: list[dict[int, int]]
+    active: bool = False  # decodes
+
+
+@dataclass
+class FakeDevice:
+    """Pages and slots. `run` is one call; calls run in the order they are dispatched."""
+
+    config: EngineConfig
+    groups: list[PageGroup]
+    slots: dict[int, Slot] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pages: list[dict[tuple[int, int], int]] = [{} for _ in self.groups]
+
+    def run(self, plan: Plan) -> StepResult:
+        self._edit(plan)
+        num_steps = plan.num_steps
+        tokens = np.full((num_steps, self.config.max_num_seqs), -1, np.int32)
+        finished = np.zeros(self.config.max_num_seqs, np.int8)
+        expected_slots = {slot for slot, _ in plan.running}
+        for step in range(num_steps):
+            decoding = [slot for slot, state in self.slots.items() if state.active]
+            assert set(decoding) <= expected_slots, "a slot decodes that the plan does not know of"
+            assert all(slot < plan.num_slots for slot in decoding), "a slot is over num_slots"
+            if step > 0 and (not decoding or (plan.exit_on_free and finished.any())):
+                break
+            for slot in decoding:
+                state = self.slots[slot]
+                self._sample(slot, state, len(state.tokens) - 1, tokens[step], finished)
+        for chunk in plan.chunks:
+            state = self.slots[chunk.slot]
+            assert state.sequence is chunk.sequence and not state.active and chunk.length > 0
+            for row in range(chunk.start, chunk.start + chunk.length - 1):
+                self._write(state, row)
+            last = chunk.start + chunk.length - 1
+            assert chunk.final == (last == len(state.tokens) - 1)
+            if chunk.final:
+                state.active = True
+                self._sample(chunk.slot, state, last, tokens[0], finished)
+            else:
+                self._write(state, last)
+        return StepResult(tokens, finished)
+
+    def _edit(self, plan: Plan) -> None:
+        for slot in plan.stops:
+            assert slot < plan.num_slots
+            self.slots.pop(slot, None)
+        for admission in plan.admissions:
+            assert admission.slot not in self.slots or not self.slots[admission.slot].active, "the slot is taken"
+            sequence = admission.sequence
+            tables = [{cell.index: cell.page for cell in cells} for cells in admission.pages]
+            assert len(tables) == len(self.groups)
+            self.slots[admission.slot] = Slot(sequence, list(sequence.tokens), tables)
+        assert len({(slot, cell.group, cell.index) for slot, cell in plan.cells}) == len(plan.cells)
+        for slot, cell in plan.cells:
+            self.slots[slot].tables[cell.group][cell.index] = cell.page
+        targets = {(copy.group, copy.target) for copy in plan.copies}
+        assert not targets & {(copy.group, copy.source) for copy in plan.copies}
+        for copy in plan.copies:
+            pages = self.pages[copy.group]
+            for offset in range(self.config.page_size):
+                pages[copy.target, offset] = pages.get((copy.source, offset), -1)
+
+    def _write(self, state: Slot, row: int) -> int:
+        """Compute the row at this position from what the slot's own pages hold; returns it."""
+        size = self.config.page_size
+        result = 0
+        for group, page_group in enumerate(self.groups):
+            table, pages = state.tables[group], self.pages[group]
+            assert table.get(row // size, 0) > 0, f"group {group}: row {row} has no page"
+            window = page_group.window
+            expected = root_hash(state.sequence.request.cache_salt)
+            first = 0 if window is None else max(0, row - window + 1)
+            for seen in range(row + 1):
+                expected = row_hash(expected, state.tokens[seen])
+                if seen == row:
+                    pages[table[row // size], row % size] = expected
+                if seen >= first:
+                    page = table.get(seen // size, 0)
+                    assert page > 0, f"group {group}: the page of row {seen} is gone at {row}"
+                    assert pages.get((page, seen % size)) == expected, f"group {group}: row {seen} is foreign at {row}"
+            result = expected
+        return result
+
+    def _sample(self, slot: int, state: Slot, row: int, out: np.ndarray, finished: np.ndarray) -> None:
+        value = self._write(state, row)
+        sequence = state.sequence
+        if is_nan(value, sequence.seed, sequence.request):
+            finished[slot], state.active = 3, False
+            return
+        token = next_token(value, sequence.seed)
+        out[slot] = token
+        state.tokens.append(token)
+        if token in sequence.request.sampling.stop_token_ids:
+            finished[slot], state.active = 1, False
+        elif len(state.tokens) == sequence.max_total:
+            finished[slot], state.active = 2, False
+
+
+class Driver:
+    """The engine's loop: plan and dispatch call k + 1, then apply call k."""
+
+    def __init__(self, config: EngineConfig, windows: tuple[int | None, ...], num_pages: list[int], max_model_len: int):
+        self.config = config
+        self.groups = [PageGroup(window, (index,)) for index, window in enumerate(windows)]
+        self.cache = CacheManager(self.groups, num_pages, config.page_size, prefix_caching=config.prefix_caching)
+        self.now_s = 0.0
+        self.scheduler = Scheduler(config, self.cache, max_model_len=max_model_len, clock=lambda: self.now_s)
+        self.device = FakeDevice(config, self.groups)
+        self.flight: tuple[Plan, StepResult] | None = None
+        self.got: dict[int, list[int]] = {}
+        self.ended: dict[int, FinishReason] = {}
+        self.sequences: list[Sequence] = []
+        self.plans: list[Plan] = []
+        self.order: list[int] = []  # seq_ids in order of admission
+
+    def add(self, request: Request, seed: int = 0) -> list[Sequence]:
+        added = self.scheduler.add(request, seeds=[seed + index for index in range(request.sampling.n)])
+        self.sequences += added
+        self.got.update({sequence.seq_id: [] for sequence in added})
+        return added
+
+    def finish(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
+        if sequence.seq_id not in self.ended:
+            self.ended[sequence.seq_id] = reason
+        self.scheduler.finish(sequence, reason)
+
+    def step(self, max_steps: int = 16) -> list[Update]:
+        """One turn of the engine's loop."""
+        self.now_s += 0.01
+        plan = self.scheduler.plan(max_steps=max_steps)
+        if plan is None and self.flight is None and self.scheduler.has_work:
+            deadline_s = self.scheduler.next_deadline()
+            assert deadline_s is not None and deadline_s > self.now_s, "work waits, and nothing will start it"
+        flight, self.flight = self.flight, None
+        if plan is not None:
+            self._check_plan(plan, max_steps)
+            self.plans.append(plan)
+            self.order += [admission.sequence.seq_id for admission in plan.admissions]
+            self.flight = (plan, self.device.run(plan))
+        updates = [] if flight is None else self.scheduler.apply(*flight)
+        for update in updates:
+            seq_id = update.sequence.seq_id
+            assert seq_id not in self.ended, "an update after the end"
+            assert len(update.steps) == len(update.token_ids)
+            self.got[seq_id] += update.token_ids
+            if update.finish_reason is not None:
+                self.ended[seq_id] = update.finish_reason
+                assert (update.error is not None) == (update.finish_reason is FinishReason.ERROR)
+        return updates
+
+    def _check_plan(self, plan: Plan, max_steps: int) -> None:
+        config = self.config
+        assert plan.running or plan.chunks, "a plan that does nothing"
+        assert 1 <= plan.num_steps <= (1 if plan.chunks else min(max_steps, config.loop_steps))
+        final = sum(chunk.final for chunk in plan.chunks)
+        used = sum(chunk.length for chunk in plan.chunks) + len(plan.running) - final
+        assert not plan.chunks or used <= config.max_num_batched_tokens, "over the token budget"
+        assert len(plan.chunks) <= config.max_prefill_seqs
+        chunked = {chunk.slot for chunk in plan.chunks}
+        assert len(chunked) == len(plan.chunks) and {a.slot for a in plan.admissions} <= chunked
+        assert len(plan.cells) <= max_cells_per_plan(config, self.groups, config.page_size)
+        assert len(plan.copies) <= max_copies_per_plan(config, self.groups)
+        slots = [slot for slot, _ in plan.running]
+        assert len(set(slots)) == len(slots) and all(slot < plan.num_slots <= config.max_num_seqs for slot in slots)
+
+    def reset(self) -> None:
+        """A call failed: the device's state is gone, and with it the call in flight."""
+        self.device = FakeDevice(self.config, self.groups)
+        lost, self.flight = self.flight, None
+        self.scheduler.reset_device()
+        if lost is not None:
+            assert self.scheduler.apply(*lost) == []
+
+    def drain(self, max_calls: int, max_steps: int = 16) -> None:
+        """Run until nothing is left; AssertionError after `max_calls` turns: somebody starves."""
+        for _ in range(max_calls):
+            if not self.scheduler.has_work and self.flight is None:
+                return
+            self.step(max_steps)
+            self.scheduler.check()
+        raise AssertionError(f"work is left after {max_calls} calls")
+
+    def check_answers(self) -> None:
+        """Every sequence ended once, with the fake model's tokens (a prefix of them where the host ended it)."""
+        for sequence in self.sequences:
+            expected, reason = expected_completion(sequence.request, sequence.seed, sequence.max_total)
+            got = self.got[sequence.seq_id]
+            if self.ended[sequence.seq_id] is FinishReason.ABORT:
+                assert got == expected[: len(got)]
+            else:
+                assert (got, self.ended[sequence.seq_id]) == (expected, reason), f"sequence {sequence.seq_id}"
+            assert sequence.finish_reason is self.ended[sequence.seq_id]
+        self.scheduler.check()
+        assert self.cache.num_sequences == 0 and all(usage.used == 0 for usage in self.cache.usage())
+
+
+def least_pages(config: EngineConfig, window: int | None, max_model_len: int) -> int:
+    """Smallest pool the engine would start with: one longest sequence, a copy source, and the trash page."""
+    rows = max_model_len
+    if window is not None:
+        rows = min(rows, window + 2 * max(config.max_num_batched_tokens, config.loop_steps))
+    return -(-rows // config.page_size) + (0 if window is None else 1) + 2
+
+
+def make_request(rng: random.Random, index: int, max_prompt: int, *, kinds: tuple[str, ...] = ("req-",)) -> Request:
+    """A random request; prompts share prefixes."""
+    common = [[1, 2, 3, 4, 0, 1, 2, 3, 4, 4, 4, 1], [2] * 9, []]
+    prompt = (rng.choice(common) + [rng.randrange(VOCAB) for _ in range(rng.randint(1, max_prompt))])[:max_prompt]
+    return Request(
+        request_id=f"{rng.choice(kinds)}{index}",
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(
+            max_tokens=rng.choice([1, 2, 7, 20, None]),
+            stop_token_ids=rng.choice([(), (), (3,)]),
+            n=rng.choice([1, 1, 1, 2, 3]),
+        ),
+        priority=rng.choice([Priority.ONLINE, Priority.ONLINE, Priority.BATCH]),
+        cache_salt=rng.choice(["", "", "tenant"]),
+    )

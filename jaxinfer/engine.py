@@ -1,0 +1,382 @@
+"""The engine: requests in, TokenEvents out, one `step()` at a time.
+
+It keeps one device call in flight while it plans the next, and reads a result only after the next call was
+dispatched. It hides recovery: a failed call costs time (state reallocated, sequences recomputed), not requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import memory
+from jaxinfer.batch import DeviceState, Packer, empty_state, kv_spec, limits_of
+from jaxinfer.cache import CacheManager
+from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, default_compilation_cache, page_groups
+from jaxinfer.models import load_config
+from jaxinfer.models.checkpoint import load_parameters
+from jaxinfer.models.transformer import merger
+from jaxinfer.output import CompletionStream, Logprobs
+from jaxinfer.plan import Plan, Sequence, StepResult
+from jaxinfer.programs import Programs, Shape
+from jaxinfer.request import FinishReason, Request, RequestError, TokenEvent
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.step import Drivers, Outcome
+from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 3  # after which the sequences of the failing call end with an error
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and gauges of now."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_calls: int  # device calls applied
+    num_failed_calls: int
+    num_watchdog_reports: int
+    prompt_tokens: int
+    cached_prompt_tokens: int  # of these, whose K/V came from the prefix cache
+    generation_tokens: int
+    host_us_per_loop: float  # median host time of step() outside waiting for the device
+    step_time_s: float  # recent time of one decode step
+    pages_total: tuple[int, ...]  # per page group, without the trash page
+    pages_used: tuple[int, ...]
+    pages_cached: tuple[int, ...]
+    compiles_after_warmup: int
+
+
+@dataclass
+class _Flight:
+    """A device call whose result was not read yet."""
+
+    plan: Plan
+    shape: Shape
+    outcome: Outcome
+    dispatched_s: float
+
+
+class Engine:
+    """Serves one model on one device. Not thread-safe: one thread owns it, but for `check_request`."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        progress: Callable[[str], None] | None = None,
+    ):
+        """Load the weights and allocate the pages; `warm_up` compiles.
+
+        Raises ConfigError or CheckpointError, naming what is wrong with the directory or the options.
+        """
+        self.config = config = EngineConfig() if config is None else config
+        self.model_dir = Path(model_dir)
+        self.model: ModelConfig = load_config(self.model_dir)
+        self.tokenizer = Tokenizer.load(self.model_dir)
+        _enable_compilation_cache(config)
+        self.max_model_len = memory.max_model_len(self.model, config)
+        self.num_pages = memory.pages_per_group(self.model, config, self.max_model_len)
+        self._limits = limits_of(self.model, config, self.max_model_len, self.num_pages)
+        self._groups = page_groups(self.model)
+        self._packer = Packer(self.model, self._limits, self._groups)
+        dtype = jnp.dtype(config.dtype)
+        self._parameters = load_parameters(
+            self.model_dir, self.model, dtype, progress=None if progress is None else lambda name, *_: progress(name)
+        )
+        self._state: DeviceState = empty_state(self.model, config, self._limits)
+        drivers = Drivers(self.model, self._limits, merger(self.model, dtype, config.matmul_backend))
+        self._programs = Programs(drivers, self._packer, config, self._parameters, self._state)
+        self._cache = CacheManager(self._groups, self.num_pages, config.page_size, prefix_caching=config.prefix_caching)
+        self._scheduler = Scheduler(config, self._cache, max_model_len=self.max_model_len)
+        self._watchdog = Watchdog(config.watchdog_s)
+        self._streams: dict[int, CompletionStream] = {}  # by sequence id
+        self._sequences: dict[str, list[Sequence]] = {}  # by request id, unfinished ones
+        self._ended: list[TokenEvent] = []  # events of completions the host ended
+        self._flight: _Flight | None = None
+        self._num_requests = 0
+        self._failures_in_a_row = 0
+        self._counters = dict.fromkeys(("calls", "failed", "prompt", "cached", "generated"), 0)
+        self._step_time_s = 0.0
+        self._last_ready_s = 0.0
+        self._host_s: list[float] = []
+
+    # ---- requests
+
+    def check_request(self, request: Request) -> None:
+        """Raise RequestError unless this engine can run the request. Pure: any thread may call it."""
+        request.check(
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.max_model_len,
+            num_eos_ids=len(self.model.eos_token_ids),
+            has_tokenizer=self.tokenizer is not None,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError, or QueueFullError over `max_queue`."""
+        self.check_request(request)
+        if request.request_id in self._sequences:
+            raise RequestError("request_id", f"{request.request_id!r} is in use by an unfinished request")
+        params = request.sampling
+        base = params.seed if params.seed is not None else _mix(_mix(self.config.seed) + self._num_requests)
+        seeds = [base if i == 0 else _mix(base + i) for i in range(params.n)]
+        sequences = self._scheduler.add(request, seeds=seeds)
+        self._num_requests += 1
+        self._counters["prompt"] += len(request.prompt_token_ids)
+        self._sequences[request.request_id] = list(sequences)
+        eos = frozenset(self.model.eos_token_ids)
+        for sequence in sequences:
+            self._streams[sequence.seq_id] = CompletionStream(sequence, self.tokenizer, eos)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its ABORT events come from the next `step()`. Unknown and ended ones are ignored."""
+        for sequence in list(self._sequences.get(request_id, ())):
+            self._scheduler.finish(sequence, FinishReason.ABORT)
+            self._end(sequence, FinishReason.ABORT)
+
+    def has_work(self) -> bool:
+        """Whether `step()` still has something to do or to tell."""
+        return bool(self._sequences or self._ended or self._flight is not None or self._scheduler.has_work)
+
+    def idle_s(self) -> float:
+        """How long `step()` has nothing to do although requests wait (dynamic batching); 0 = call it now."""
+        if self._flight is not None or self._ended:
+            return 0.0
+        deadline = self._scheduler.next_deadline()
+        return 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
+
+    # ---- the loop
+
+    def step(self) -> list[TokenEvent]:
+        """Plan and dispatch the next device call, then read the one before it."""
+        start = time.perf_counter()
+        waited = 0.0
+        plan = self._scheduler.plan(max_steps=self._loop_length())
+        flight, failure = None, None
+        if plan is not None:
+            try:
+                flight = self._dispatch(plan)
+            except (RuntimeError, ValueError) as error:  # what jax raises for a failed call or a deleted buffer
+                failure = (error, plan)
+        events: list[TokenEvent] = []
+        last, self._flight = self._flight, flight
+        if last is not None and failure is None:
+            waiting = time.perf_counter()
+            try:
+                with self._watchdog.watch(str(last.shape)):
+                    main = np.asarray(last.outcome.main)
+            except (RuntimeError, ValueError) as error:
+                failure = (error, last.plan)
+            else:
+                waited = time.perf_counter() - waiting
+                events += self._apply(last, main)
+        if failure is not None:
+            self._recover(*failure)
+        if self._ended:
+            events += self._ended
+            self._ended = []
+        if last is not None or plan is not None:
+            self._host_s.append(time.perf_counter() - start - waited)
+            if len(self._host_s) > 4096:
+                del self._host_s[:2048]
+        return events
+
+    def _loop_length(self) -> int:
+        """Decode steps that take about `stream_interval_s`."""
+        if not self._step_time_s:
+            return min(4, self.config.loop_steps)
+        steps = int(self.config.stream_interval_s / self._step_time_s)
+        return max(1, min(self.config.loop_steps, steps))
+
+    def _dispatch(self, plan: Plan) -> _Flight:
+        prefill_tokens = sum(chunk.length for chunk in plan.chunks)
+        shape = self._programs.shape_for(plan.num_slots, prefill_tokens)
+        program = self._programs.get(shape)
+        buffers = [self._packer.pack_control(plan)]
+        if plan.chunks:
+            buffers.append(self._packer.pack_admission(plan))
+        dispatched_s = time.perf_counter()
+        self._state, outcome = program(self._parameters, self._state, *buffers)
+        outcome.main.copy_to_host_async()
+        return _Flight(plan, shape, outcome, dispatched_s)
+
+    def _apply(self, flight: _Flight, main: np.ndarray) -> list[TokenEvent]:
+        slots = flight.shape.num_slots
+        steps = (main.size - slots) // (2 * slots)
+        tokens, bits = main[: 2 * steps * slots].reshape(2, steps, slots)
+        logprobs = Logprobs(bits.view(np.float32), flight.outcome.top_ids, flight.outcome.top_logprobs)
+        self._measure(flight, tokens)
+        self._counters["calls"] += 1
+        self._failures_in_a_row = 0
+        slot_of = {sequence.seq_id: slot for slot, sequence in flight.plan.running}
+        events = []
+        for update in self._scheduler.apply(flight.plan, StepResult(tokens, main[2 * steps * slots :])):
+            sequence = update.sequence
+            stream = self._streams[sequence.seq_id]
+            event = stream.push(update, slot_of[sequence.seq_id], logprobs)
+            self._counters["generated"] += len(event.token_ids)
+            if event.finish_reason is not None:
+                if update.finish_reason is None:  # a stop string, which only the host sees
+                    self._scheduler.finish(sequence, event.finish_reason)
+                self._forget(sequence)
+            events.append(event)
+        for admission in flight.plan.admissions:
+            self._counters["cached"] += admission.num_cached_rows
+        return events
+
+    def _measure(self, flight: _Flight, tokens: np.ndarray) -> None:
+        """Keep a running estimate of a decode step's time."""
+        now = time.perf_counter()
+        began = max(flight.dispatched_s, self._last_ready_s)
+        self._last_ready_s = now
+        steps = int(np.count_nonzero(np.any(tokens >= 0, axis=1)))
+        if flight.shape.prefill_tokens == 0 and steps:
+            sample = (now - began) / steps
+            self._step_time_s = sample if not self._step_time_s else 0.8 * self._step_time_s + 0.2 * sample
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._ended.append(self._streams[sequence.seq_id].end(reason, error))
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._streams[sequence.seq_id]
+        siblings = self._sequences[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request.request_id]
+
+    def _recover(self, error: Exception, plan: Plan) -> None:
+        """The donated state is gone: allocate it anew and replay the running sequences from the host's tokens."""
+        self._counters["failed"] += 1
+        self._failures_in_a_row += 1
+        log.error("device call failed (%d in a row), replaying: %s", self._failures_in_a_row, error)
+        self._flight = None
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            affected = {id(s): s for s in [*(s for _, s in plan.running), *(chunk.sequence for chunk in plan.chunks)]}
+            for sequence in affected.values():
+                if sequence.seq_id in self._streams:
+                    self._scheduler.finish(sequence, FinishReason.ERROR)
+                    text = f"the device call failed {self._failures_in_a_row} times in a row: {error}"
+                    self._end(sequence, FinishReason.ERROR, text)
+        self._scheduler.reset_device()
+        del self._state
+        self._state = empty_state(self.model, self.config, self._limits)
+
+    # ---- start and inspection
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compile the declared programs; from then on a compile is a counted, logged event."""
+        self._programs.warm_up(progress)
+
+    def check(self) -> None:
+        """AssertionError when a page or slot leaked. Call it when idle."""
+        self._cache.check()
+        if not self.has_work():
+            used = [usage.used for usage in self._cache.usage()]
+            assert not any(used), f"pages in use while idle, per group: {used}"
+            assert not self._streams, f"sequences never ended: {sorted(self._streams)}"
+
+    def stats(self) -> EngineStats:
+        usage = self._cache.usage()
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_calls=self._counters["calls"],
+            num_failed_calls=self._counters["failed"],
+            num_watchdog_reports=self._watchdog.num_reports,
+            prompt_tokens=self._counters["prompt"],
+            cached_prompt_tokens=self._counters["cached"],
+            generation_tokens=self._counters["generated"],
+            host_us_per_loop=1e6 * float(np.median(self._host_s)) if self._host_s else 0.0,
+            step_time_s=self._step_time_s,
+            pages_total=tuple(pages - 1 for pages in self.num_pages),
+            pages_used=tuple(u.used for u in usage),
+            pages_cached=tuple(u.cached for u in usage),
+            compiles_after_warmup=self._programs.compiles_after_warmup,
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What runs here, as JSON: the model, effective options, memory, kernels, versions."""
+        spec = kv_spec(self.model, self.config)
+        owners = sum(len(group.layers) for group in self._groups)
+        return {
+            "model": str(self.model_dir.name),
+            "architecture": self.model.architecture,
+            "num_parameters": sum(int(p.size) for p in self._parameters),
+            "parameter_bytes": sum(int(p.nbytes) for p in self._parameters),
+            "vocab_size": self.model.vocab_size,
+            "num_layers": len(self.model.layers),
+            "q_heads": self.model.q_heads,
+            "kv_heads": self.model.kv_heads,
+            "head_dim": self.model.head_dim,
+            "max_model_len": self.max_model_len,
+            "has_tokenizer": self.tokenizer is not None,
+            "dtype": self.config.dtype,
+            "kv_bytes_per_token": owners * spec.token_bytes,
+            "page_size": self.config.page_size,
+            "page_groups": [
+                {
+                    "window": group.window,
+                    "layers": list(group.layers),
+                    "num_pages": pages - 1,
+                    "page_bytes": spec.token_bytes * self.config.page_size * len(group.layers),
+                }
+                for group, pages in zip(self._groups, self.num_pages, strict=True)
+            ],
+            "attention_backend": self._state.cache.layers[0].backend,
+            "matmul_backend": self.config.matmul_backend,
+            "programs": [str(shape) for shape in self._programs.declared()],
+            "device": str(self._parameters[0].devices()).strip("{}"),
+            "platform": jax.default_backend(),
+            "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        }
+
+    def close(self) -> None:
+        """Stop the watchdog and drop the device arrays."""
+        self._watchdog.close()
+        self._flight = None
+        del self._state, self._parameters
+
+
+def _mix(value: int) -> int:
+    """A 63-bit seed from any integer, well spread (SplitMix64, Steele et al. 2014)."""
+    mask = 2**64 - 1
+    z = (value + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1
+
+
+_cache_lock = threading.Lock()
+
+
+def _enable_compilation_cache(config: EngineConfig) -> None:
+    """jax's persistent cache is one per process: the first engine's directory wins, another one is an error."""
+    if config.compilation_cache_dir == "":
+        return
+    wanted = str(config.compilation_cache_dir or default_compilation_cache())
+    with _cache_lock:
+        current = jax.config.jax_compilation_cache_dir
+        if current is None:
+            jax.config.update("jax_compilation_cache_dir", wanted)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        elif config.compilation_cache_dir is not None and current != wanted:
+            raise ConfigError(
+                f"compilation_cache_dir={wanted!r}: this process already uses {current!r}; leave it out or use that"
+            )

@@ -1,0 +1,63 @@
+"""How long a sequence may get and how many K/V pages there are, from the model, the options and the machine."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import jax
+
+from jaxinfer.batch import kv_spec
+from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, PageGroup, page_groups
+
+
+def max_model_len(model: ModelConfig, config: EngineConfig) -> int:
+    """Longest prompt plus completion in tokens. Raises ConfigError where the options ask for more than there is."""
+    length = model.max_position if config.max_model_len is None else config.max_model_len
+    if length > model.max_position:
+        raise ConfigError(f"max_model_len={length} is over the model's {model.max_position} positions")
+    if not config.chunked_prefill and config.max_num_batched_tokens < length:
+        raise ConfigError(
+            f"chunked_prefill=False needs max_num_batched_tokens of at least max_model_len={length}, "
+            f"not {config.max_num_batched_tokens}"
+        )
+    return length
+
+
+def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tuple[int, ...]:
+    """Pages of each page group, trash page included: enough for every slot, cut to the memory there may be used.
+
+    Raises ConfigError where not even one sequence of `length` tokens fits; the message says how many bytes would do.
+    """
+    groups = page_groups(model)
+    token_bytes = kv_spec(model, config).token_bytes
+    page_bytes = [token_bytes * config.page_size * len(group.layers) for group in groups]
+    per_sequence = [_pages_per_sequence(group, config, length) for group in groups]
+    wanted = [config.max_num_seqs * pages for pages in per_sequence]
+    budget = config.kv_memory_bytes if config.kv_memory_bytes is not None else _device_memory_bytes() // 4
+    total = sum(pages * size for pages, size in zip(wanted, page_bytes, strict=True))
+    share = min(1.0, budget / total)
+    num_pages = tuple(2 + math.floor(share * pages) for pages in wanted)
+    for group, pages, least in zip(groups, num_pages, per_sequence, strict=True):
+        if pages < least + 2:
+            needed = sum((least + 2) * size for least, size in zip(per_sequence, page_bytes, strict=True))
+            raise ConfigError(
+                f"kv_memory_bytes={budget}: layers with window {group.window} get {pages - 2} pages, but one sequence "
+                f"of max_model_len={length} needs {least}; give {needed * 2} bytes or lower max_model_len"
+            )
+    return num_pages
+
+
+def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int) -> int:
+    """Most pages one sequence holds: all its rows, or the window and what two calls in flight may add."""
+    rows = length
+    if group.window is not None:
+        rows = min(length, group.window + 2 * max(config.max_num_batched_tokens, config.loop_steps))
+    return math.ceil(rows / config.page_size) + (0 if group.window is None else 1)
+
+
+def _device_memory_bytes() -> int:
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

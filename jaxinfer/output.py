@@ -1,0 +1,107 @@
+"""From applied tokens to TokenEvents: incremental text, stop strings, log-probabilities of one completion."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxinfer.plan import Sequence, Update
+from jaxinfer.request import FinishReason, TokenEvent, TokenLogprobs
+from jaxinfer.tokenizer import StopMatcher, Tokenizer
+
+
+class Logprobs:
+    """A call's log-probabilities on the host. The alternatives are fetched only when a request asks for them."""
+
+    def __init__(self, chosen: np.ndarray, top_ids: object, top_logprobs: object):
+        self.chosen = chosen  # f32[steps, slots]
+        self._top = (top_ids, top_logprobs)
+        self._fetched: tuple[np.ndarray, np.ndarray] | None = None
+
+    def of(self, step: int, slot: int, num_top: int) -> TokenLogprobs:
+        """Log-probabilities of the token that `slot` drew in `step`."""
+        top: tuple[tuple[int, float], ...] = ()
+        if num_top:
+            if self._fetched is None:
+                self._fetched = (np.asarray(self._top[0]), np.asarray(self._top[1]))
+            ids, values = (array[step, slot, :num_top] for array in self._fetched)
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprobs(float(self.chosen[step, slot]), top)
+
+
+class CompletionStream:
+    """The text side of one completion. Without a tokenizer its text is empty."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, eos_ids: frozenset[int]):
+        params = sequence.request.sampling
+        self.sequence = sequence
+        self._decoder = (
+            None if tokenizer is None else tokenizer.incremental(skip_special_tokens=params.skip_special_tokens)
+        )
+        self._matcher = StopMatcher(params.stop, include_stop=params.include_stop_in_output) if params.stop else None
+        self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+
+    def push(self, update: Update, slot: int, logprobs: Logprobs) -> TokenEvent:
+        """The event for an update. A stop string found ends it there: later tokens of the update are dropped."""
+        params = self.sequence.request.sampling
+        token_ids, reason = update.token_ids, update.finish_reason
+        if self._matcher is None:
+            text = self._decode(token_ids, last_is_stop=reason is FinishReason.STOP)
+        else:
+            text = ""
+            for count, token in enumerate(token_ids, start=1):
+                ends = reason is FinishReason.STOP and count == len(token_ids)
+                piece, matched = self._matcher.push(self._decode((token,), last_is_stop=ends))
+                text += piece
+                if matched:
+                    token_ids, reason = token_ids[:count], FinishReason.STOP
+                    self._decoder = self._matcher = None
+                    break
+        if reason is not None:
+            text += self.flush()
+        values = None
+        if params.logprobs:
+            steps = update.steps[: len(token_ids)]
+            values = tuple(logprobs.of(step, slot, params.top_logprobs) for step in steps)
+        generated = self.sequence.num_generated - (len(update.token_ids) - len(token_ids))
+        return self.event(token_ids, text, reason, generated=generated, logprobs=values, error=update.error)
+
+    def end(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """The last event of a completion that the host ended."""
+        return self.event((), self.flush(), reason, generated=self.sequence.num_generated, error=error)
+
+    def event(
+        self,
+        token_ids: tuple[int, ...],
+        text: str,
+        reason: FinishReason | None,
+        *,
+        generated: int,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        error: str | None = None,
+    ) -> TokenEvent:
+        return TokenEvent(
+            request_id=self.sequence.request.request_id,
+            index=self.sequence.index,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            error=error,
+            num_prompt_tokens=self.sequence.num_prompt,
+            num_cached_tokens=self.sequence.num_cached,
+            num_generated_tokens=generated,
+        )
+
+    def flush(self) -> str:
+        """Text still held back: an incomplete character, or the beginning of a stop string that did not come."""
+        tail = self._decoder.flush() if self._decoder is not None else ""
+        if self._matcher is None:
+            return tail
+        piece, matched = self._matcher.push(tail)
+        return piece if matched else piece + self._matcher.flush()
+
+    def _decode(self, token_ids: tuple[int, ...], *, last_is_stop: bool) -> str:
+        if self._decoder is None:
+            return ""
+        hide = last_is_stop and not self.sequence.request.sampling.include_stop_in_output
+        return self._decoder.push(token_ids[:-1] if hide and token_ids[-1] in self._stop_ids else token_ids)

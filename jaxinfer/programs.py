@@ -1,0 +1,119 @@
+"""The compiled programs of an engine: a declared, printable set, and the counting of any compile outside it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxinfer.batch import DeviceState, Packer
+from jaxinfer.config import EngineConfig
+from jaxinfer.step import Drivers, Outcome, Parameters
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One program: a decode loop over `num_slots` slots, or a mixed step with `prefill_tokens` besides."""
+
+    num_slots: int
+    prefill_tokens: int = 0  # 0: decode_loop
+
+    def __str__(self) -> str:
+        if self.prefill_tokens:
+            return f"mixed_step[{self.num_slots} slots + {self.prefill_tokens} tokens]"
+        return f"decode_loop[{self.num_slots} slots]"
+
+
+def slot_buckets(slots: int) -> list[int]:
+    """Numbers of slots that programs run over: quarters of `slots`, down to 2, ascending."""
+    buckets = [slots]
+    while buckets[0] > 4:
+        buckets.insert(0, max(2, buckets[0] // 4))
+    return buckets
+
+
+def prefill_buckets(config: EngineConfig) -> list[int]:
+    """Numbers of prefill tokens that mixed steps are compiled for: powers of two times the smallest, ascending."""
+    buckets = [config.min_prefill_bucket]
+    while buckets[-1] < config.max_num_batched_tokens:
+        buckets.append(2 * buckets[-1])
+    return buckets
+
+
+class Programs:
+    """Compile ahead of time and look up by shape. `compiles_after_warmup` counts strays, each of them logged."""
+
+    def __init__(
+        self, drivers: Drivers, packer: Packer, config: EngineConfig, parameters: Parameters, state: DeviceState
+    ):
+        self._drivers = drivers
+        self._slots = slot_buckets(drivers.limits.slots)
+        self._tokens = prefill_buckets(config)
+        self._abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (parameters, state)
+        )
+        self._buffers = tuple(
+            jax.ShapeDtypeStruct((record.size,), "int32") for record in (packer.control, packer.admission)
+        )
+        self._compiled: dict[Shape, Callable[..., tuple[DeviceState, Outcome]]] = {}
+        self._lock = threading.Lock()
+        self._warm = False
+        self.compiles_after_warmup = 0
+
+    def declared(self) -> list[Shape]:
+        """The warm set, most likely first: what a lone request needs, then full batches, then the rest."""
+        largest, smallest = self._slots[-1], self._slots[0]
+        first = [Shape(smallest, self._tokens[0]), Shape(smallest), Shape(largest, self._tokens[-1]), Shape(largest)]
+        rest = [Shape(slots, tokens) for tokens in self._tokens for slots in self._slots]
+        return list(dict.fromkeys(first + rest + [Shape(slots) for slots in self._slots]))
+
+    def shape_for(self, num_slots: int, prefill_tokens: int) -> Shape:
+        """The smallest declared shape that holds this many slots and prefill tokens."""
+        slots = next(bucket for bucket in self._slots if bucket >= num_slots)
+        tokens = next(bucket for bucket in self._tokens if bucket >= prefill_tokens) if prefill_tokens else 0
+        return Shape(slots, tokens)
+
+    def warm_up(self, progress: Callable[[str], None] | None = None, workers: int = 2) -> None:
+        """Compile the declared set, `workers` at a time. `progress` hears of each program."""
+        shapes = self.declared()
+        done = 0
+
+        def compile_one(shape: Shape) -> None:
+            nonlocal done
+            self.get(shape)
+            done += 1
+            if progress is not None:
+                progress(f"compiled {shape} ({done} of {len(shapes)})")
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(compile_one, shapes))
+        self._warm = True
+
+    def get(self, shape: Shape) -> Callable[..., tuple[DeviceState, Outcome]]:
+        """The compiled program, compiled now where it is not there yet."""
+        program = self._compiled.get(shape)
+        if program is None:
+            program = self._compile(shape)
+            with self._lock:
+                if self._warm:
+                    self.compiles_after_warmup += 1
+                    log.warning("compiled %s after warm-up", shape)
+                self._compiled[shape] = program
+        return program
+
+    def _compile(self, shape: Shape) -> Any:
+        if shape.prefill_tokens:
+            driver = partial(self._drivers.mixed_step, num_slots=shape.num_slots, prefill_tokens=shape.prefill_tokens)
+            arguments = (*self._abstract, *self._buffers)
+        else:
+            driver = partial(self._drivers.decode_loop, num_slots=shape.num_slots)
+            arguments = (*self._abstract, self._buffers[0])
+        return jax.jit(driver, donate_argnums=1).lower(*arguments).compile()

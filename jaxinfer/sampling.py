@@ -1,0 +1,369 @@
+"""Choosing the next token of every slot, on the device. Hides: how settings are packed into array rows, how a
+feature nobody in the batch asked for costs nothing, and how truncation works without ever sorting the vocabulary.
+
+Order: allowed ids, logit bias, min_tokens, penalties, temperature, min-p and top-k, top-p, one draw
+(docs/sampling.md has the definition). A row's result depends on nothing but that row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinfer.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
+from jaxinfer.truncation import group_sums, group_width, masked_weights, top_k_threshold, top_p_threshold
+
+UNUSED_ID = 2**31 - 1  # past any vocabulary: scatters drop it
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTS = ("top_k", "min_tokens", "num_bias", "wants_logprobs", "top_logprobs", "restricted")
+_BIAS_IDS = len(_FLOATS) + len(_INTS) + 2  # the seed takes two words
+_BIAS_VALUES = _BIAS_IDS + MAX_LOGIT_BIAS
+ROW_WORDS = _BIAS_VALUES + MAX_LOGIT_BIAS  # int32 words of one packed row
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class SamplingArrays:
+    """Every slot's sampling settings, one row per slot; zeros are a valid (greedy) row."""
+
+    temperature: jax.Array  # f32[slots]; 0 = greedy
+    top_p: jax.Array  # f32[slots]; 1 = off
+    min_p: jax.Array  # f32[slots]; 0 = off
+    repetition_penalty: jax.Array  # f32[slots]; 1 = off
+    presence_penalty: jax.Array  # f32[slots]; 0 = off
+    frequency_penalty: jax.Array  # f32[slots]; 0 = off
+    top_k: jax.Array  # i32[slots]; 0 = off
+    min_tokens: jax.Array  # i32[slots]
+    num_bias: jax.Array  # i32[slots]; how many of bias_ids are used
+    wants_logprobs: jax.Array  # i32[slots]; 0 or 1
+    top_logprobs: jax.Array  # i32[slots]
+    restricted: jax.Array  # i32[slots]; 1 = the slot's row of the allowed mask is in force
+    seed: jax.Array  # u32[slots, 2]; the request's 64-bit seed as threefry key data
+    bias_ids: jax.Array  # i32[slots, MAX_LOGIT_BIAS]
+    bias_values: jax.Array  # f32[slots, MAX_LOGIT_BIAS]
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class TokenCounts:
+    """Which tokens a slot's sequence holds, for the penalties. Rows of slots without penalties may be stale."""
+
+    in_prompt: jax.Array  # bool[slots, vocab]
+    in_output: jax.Array  # i32[slots, vocab]; times generated
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class SampleResult:
+    """What sample() chose. Log-probabilities are of softmax(logits) as the model gave them; 0 when not asked for."""
+
+    tokens: jax.Array  # i32[slots]; always inside the vocabulary
+    logprobs: jax.Array  # f32[slots]
+    top_ids: jax.Array  # i32[slots, MAX_TOP_LOGPROBS]; best first, lower id first on ties
+    top_logprobs: jax.Array  # f32[slots, MAX_TOP_LOGPROBS]
+    bad: jax.Array  # bool[slots]; NaN or +inf among the logits, or nothing left to choose from
+
+
+def pack_row(params: SamplingParams, seed: int, out: np.ndarray | None = None) -> np.ndarray:
+    """One request's settings as i32[ROW_WORDS], in `out` when given. `seed` is that completion's own, 64 bits."""
+    row = np.empty(ROW_WORDS, np.int32) if out is None else out
+    num_floats, num_bias = len(_FLOATS), len(params.logit_bias)
+    row[:num_floats].view(np.float32)[:] = [getattr(params, name) for name in _FLOATS]
+    restricted = params.allowed_token_ids is not None
+    row[num_floats : _BIAS_IDS - 2] = (
+        min(params.top_k, UNUSED_ID),
+        params.min_tokens,
+        num_bias,
+        params.logprobs,
+        params.top_logprobs,
+        restricted,
+    )
+    row[_BIAS_IDS - 2 : _BIAS_IDS].view(np.uint32)[:] = (seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF)
+    row[_BIAS_IDS:_BIAS_VALUES] = UNUSED_ID
+    row[_BIAS_VALUES:] = 0
+    if num_bias:
+        row[_BIAS_IDS : _BIAS_IDS + num_bias] = list(params.logit_bias.keys())
+        row[_BIAS_VALUES : _BIAS_VALUES + num_bias].view(np.float32)[:] = list(params.logit_bias.values())
+    return row
+
+
+def unpack_rows(words: jax.Array) -> SamplingArrays:
+    """i32[rows, ROW_WORDS] of packed rows -> SamplingArrays of as many rows (traced)."""
+    fields: dict[str, Any] = {}
+    for index, name in enumerate(_FLOATS):
+        fields[name] = lax.bitcast_convert_type(words[:, index], jnp.float32)
+    for index, name in enumerate(_INTS, start=len(_FLOATS)):
+        fields[name] = words[:, index]
+    fields["seed"] = lax.bitcast_convert_type(words[:, _BIAS_IDS - 2 : _BIAS_IDS], jnp.uint32)
+    fields["bias_ids"] = words[:, _BIAS_IDS:_BIAS_VALUES]
+    fields["bias_values"] = lax.bitcast_convert_type(words[:, _BIAS_VALUES:], jnp.float32)
+    return SamplingArrays(**fields)
+
+
+def empty_arrays(num_slots: int) -> SamplingArrays:
+    """Greedy rows for `num_slots` slots."""
+    row = pack_row(SamplingParams(temperature=0.0), seed=0)
+    return unpack_rows(jnp.tile(jnp.asarray(row), (num_slots, 1)))
+
+
+def set_rows(arrays: SamplingArrays, slots: jax.Array, words: jax.Array) -> SamplingArrays:
+    """Rows words i32[rows, ROW_WORDS] replace those of slots i32[rows]; a slot past the last is dropped (padding)."""
+    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), arrays, unpack_rows(words))
+
+
+def allowed_words(params: SamplingParams, vocab_size: int) -> np.ndarray:
+    """u32[ceil(vocab/32)]: bit i of word w allows token 32 w + i. All ones when the request allows everything."""
+    num_words = -(-vocab_size // 32)
+    if params.allowed_token_ids is None:
+        return np.full(num_words, 0xFFFFFFFF, np.uint32)
+    bits = np.zeros(num_words * 32, bool)
+    bits[list(params.allowed_token_ids)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def uses_penalties(params: SamplingParams) -> bool:
+    """Whether this request reads its row of TokenCounts."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def empty_counts(num_slots: int, vocab_size: int) -> TokenCounts:
+    """Counts for `num_slots` slots that hold nothing."""
+    return TokenCounts(jnp.zeros((num_slots, vocab_size), bool), jnp.zeros((num_slots, vocab_size), jnp.int32))
+
+
+def update_counts(counts: TokenCounts, tokens: jax.Array, active: jax.Array) -> TokenCounts:
+    """Count the generated tokens i32[slots] of the slots that are active bool[slots]. In place when donated."""
+    ids = jnp.where(active & (tokens >= 0), tokens, UNUSED_ID)
+    rows = jnp.arange(tokens.shape[0])
+    return TokenCounts(counts.in_prompt, counts.in_output.at[rows, ids].add(1, mode="drop"))
+
+
+def reset_counts(
+    counts: TokenCounts, slots: jax.Array, history: jax.Array, num_prompt: jax.Array, num_tokens: jax.Array
+) -> TokenCounts:
+    """Count anew the sequences that enter slots.
+
+    slots i32[rows]: a slot outside the table is skipped; pass one for padding and for rows without penalties.
+    history i32[rows, max_len] holds num_tokens i32[rows] tokens; the first num_prompt i32[rows] are the prompt.
+    Time grows with the longest history counted, not with max_len.
+    """
+    num_slots = counts.in_output.shape[0]
+    valid = (slots >= 0) & (slots < num_slots)
+    targets = jnp.where(valid, slots, UNUSED_ID)
+    rows, max_len = history.shape
+    chunk = min(256, max_len)
+
+    def clear(row: jax.Array, counts: TokenCounts) -> TokenCounts:
+        def clear_row(table: jax.Array) -> jax.Array:
+            start = (jnp.clip(slots[row], 0, num_slots - 1), 0)
+            old = lax.dynamic_slice(table, start, (1, table.shape[1]))
+            return lax.dynamic_update_slice(table, jnp.where(valid[row], jnp.zeros_like(old), old), start)
+
+        return jax.tree.map(clear_row, counts)
+
+    def count(index: jax.Array, counts: TokenCounts) -> TokenCounts:
+        start = jnp.minimum(index * chunk, max_len - chunk)  # the last chunk overlaps the one before
+        ids = lax.dynamic_slice(history, (0, start), (rows, chunk))
+        position = start + jnp.arange(chunk)[None]
+        fresh = (position >= index * chunk) & (position < num_tokens[:, None]) & (ids >= 0)
+        in_prompt = position < num_prompt[:, None]
+        prompt_ids = jnp.where(fresh & in_prompt, ids, UNUSED_ID)
+        output_ids = jnp.where(fresh & ~in_prompt, ids, UNUSED_ID)
+        return TokenCounts(
+            counts.in_prompt.at[targets[:, None], prompt_ids].set(True, mode="drop"),
+            counts.in_output.at[targets[:, None], output_ids].add(1, mode="drop"),
+        )
+
+    counts = lax.fori_loop(0, jnp.where(jnp.any(valid), rows, 0), clear, counts)
+    longest = jnp.max(jnp.where(valid, num_tokens, 0))
+    return lax.fori_loop(0, -(-longest // chunk), count, counts)
+
+
+def sample(
+    logits: jax.Array,
+    arrays: SamplingArrays,
+    counts: TokenCounts,
+    allowed: jax.Array,
+    stop_ids: jax.Array,
+    positions: jax.Array,
+    num_generated: jax.Array,
+    active: jax.Array,
+) -> SampleResult:
+    """Choose one token per slot (traced).
+
+    logits [slots, vocab] of any float dtype; allowed u32[slots, ceil(vocab/32)] as allowed_words() makes it;
+    stop_ids i32[slots, n] (negative = unused) are held back while num_generated i32[slots] < min_tokens;
+    positions i32[slots] of the tokens being chosen: with the seed they fix the draw. Rows that are not
+    active bool[slots] get some token and switch no feature on. counts may have more rows than there are slots
+    (pass it whole: a slice would be copied at every step).
+    """
+    held = active & (num_generated < arrays.min_tokens)
+    penalized = (
+        (arrays.repetition_penalty != 1) | (arrays.presence_penalty != 0) | (arrays.frequency_penalty != 0)
+    ) & active
+    restricted = active & (arrays.restricted != 0)
+    num_bias = jnp.where(active, arrays.num_bias, 0)
+    x = logits.astype(jnp.float32)
+    x = _times(jnp.any(restricted), _mask, x, allowed, restricted)
+    x = _times(jnp.max(num_bias), _add_bias, x, arrays)
+    x = _times(jnp.any(held), _hold_stops, x, stop_ids, held)
+    x = _times(jnp.any(penalized), _penalize, x, arrays, counts)
+    tokens, bad = _choose(x, arrays, positions, active)
+    logprobs, top_ids, top_logprobs = _logprobs(logits, tokens, arrays, active)
+    return SampleResult(tokens, logprobs, top_ids, top_logprobs, bad)
+
+
+def _times(turns: jax.Array, change: Callable[..., jax.Array], x: jax.Array, *operands: Any) -> jax.Array:
+    """change(turn, x, *operands), `turns` times (False and True are 0 and 1).
+
+    A loop, because unlike lax.cond it works in place and copies nothing when there is nothing to do. The barrier
+    ties the operands to the turn, or XLA would move what can be computed from them alone ahead of the loop.
+    """
+
+    def turn(index: jax.Array, x: jax.Array) -> jax.Array:
+        index, tied = lax.optimization_barrier((index, operands))
+        return change(index, x, *tied)
+
+    return lax.fori_loop(0, turns.astype(jnp.int32), turn, x)
+
+
+def _mask(_: jax.Array, x: jax.Array, allowed: jax.Array, restricted: jax.Array) -> jax.Array:
+    """-inf where a restricted row's bit is 0. x f32[slots, vocab]."""
+    slots, vocab = x.shape
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    keep = bits.reshape(slots, -1)[:, :vocab] != 0
+    return jnp.where(keep | ~restricted[:, None], x, -jnp.inf)
+
+
+def _add_bias(index: jax.Array, x: jax.Array, arrays: SamplingArrays) -> jax.Array:
+    """Add every row's index-th logit bias (unused entries are dropped)."""
+    rows = jnp.arange(x.shape[0])
+    return x.at[rows, arrays.bias_ids[:, index]].add(arrays.bias_values[:, index], mode="drop")
+
+
+def _hold_stops(_: jax.Array, x: jax.Array, stop_ids: jax.Array, held: jax.Array) -> jax.Array:
+    """-inf at the stop ids of rows that must go on."""
+    ids = jnp.where(held[:, None] & (stop_ids >= 0), stop_ids, UNUSED_ID)
+    return x.at[jnp.arange(x.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _penalize(_: jax.Array, x: jax.Array, arrays: SamplingArrays, counts: TokenCounts) -> jax.Array:
+    """Repetition penalty over prompt and output (CTRL, Keskar et al. 2019), then frequency and presence over output."""
+    in_prompt, in_output = counts.in_prompt[: x.shape[0]], counts.in_output[: x.shape[0]]
+    generated = in_output > 0
+    repetition = arrays.repetition_penalty[:, None]
+    repeated = jnp.where(x > 0, x / repetition, x * repetition)
+    x = jnp.where(generated | in_prompt, repeated, x)
+    x = x - arrays.frequency_penalty[:, None] * in_output.astype(jnp.float32)
+    return x - jnp.where(generated, arrays.presence_penalty[:, None], 0)
+
+
+def _choose(
+    x: jax.Array, arrays: SamplingArrays, positions: jax.Array, active: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x [slots, vocab] with masks, bias and penalties applied -> tokens i32[slots], bad bool[slots]."""
+    best, tokens = _argmax(x)
+    bad = ~jnp.isfinite(best)
+    random = active & (arrays.temperature > 0)
+    tokens = lax.cond(
+        jnp.any(random), lambda: jnp.where(random, _draw(x, best, arrays, positions, random), tokens), lambda: tokens
+    )
+    return jnp.minimum(tokens, x.shape[1] - 1), bad
+
+
+def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest value f32[slots] (NaN when the row holds one) and its lowest index i32[slots] of x [slots, vocab].
+
+    Two plain passes: on XLA:CPU they take a tenth of jnp.argmax, whose pair of accumulators does not vectorize.
+    """
+    vocab, width = x.shape[1], group_width(x.shape[1])
+    best = jnp.max(x, axis=1)
+    index = jnp.full((x.shape[0], width), vocab, jnp.int32)
+    lane = jnp.arange(width, dtype=jnp.int32)[None]
+    for start in range(0, vocab, width):
+        part = x[:, start : start + width]
+        found = jnp.where(part == best[:, None], start + lane[:, : part.shape[1]], vocab)
+        index = jnp.minimum(index, jnp.pad(found, ((0, 0), (0, width - part.shape[1])), constant_values=vocab))
+    return best.astype(jnp.float32), jnp.min(index, axis=1)
+
+
+def _draw(x: jax.Array, best: jax.Array, arrays: SamplingArrays, positions: jax.Array, random: jax.Array) -> jax.Array:
+    """One token per row of softmax(x / temperature), truncated by min-p, top-k and top-p -> i32[slots].
+
+    Inverse CDF in two steps of one 64-bit threefry block, keyed by seed and position: the first word picks a group
+    of tokens (ids equal modulo the group width), the second a token in it.
+    """
+    slots, vocab = x.shape
+    width = group_width(vocab)
+    has_k = random & (arrays.top_k > 0) & (arrays.top_k < vocab)
+    has_p = random & (arrays.top_p < 1)
+    k_threshold = lax.cond(
+        jnp.any(has_k), lambda: top_k_threshold(x, best, arrays.top_k, has_k), lambda: jnp.full((slots,), -jnp.inf)
+    )
+    temperature = jnp.where(random, arrays.temperature, 1)
+    weights = masked_weights(x, best, temperature, k_threshold, arrays.min_p)
+    p_threshold = lax.cond(
+        jnp.any(has_p), lambda: top_p_threshold(weights, arrays.top_p, has_p), lambda: jnp.zeros((slots,))
+    )
+    bits = jax.vmap(_draw_bits)(arrays.seed, positions)
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    group = _invert_cdf(group_sums(weights, p_threshold), uniform[:, 0])
+    ids = group[:, None] + jnp.arange(0, vocab, width)[None]
+    members = jnp.take_along_axis(weights, jnp.minimum(ids, vocab - 1), axis=1)
+    members = jnp.where((ids < vocab) & (members >= p_threshold[:, None]), members, 0)
+    member = _invert_cdf(members, uniform[:, 1])
+    return group + member * width
+
+
+def _draw_bits(seed: jax.Array, position: jax.Array) -> jax.Array:
+    """seed u32[2], position i32[] -> u32[2]."""
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return jax.random.bits(jax.random.fold_in(key, position), (2,), jnp.uint32)
+
+
+def _invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """weights f32[slots, n] >= 0, uniform f32[slots] in [0, 1) -> first index whose cumulative sum exceeds
+    uniform x total; never one of weight 0, whatever the rounding."""
+    sums = jnp.cumsum(weights, axis=1)
+    hit = (sums > (uniform * sums[:, -1])[:, None]) & (weights > 0)
+    last = weights.shape[1] - 1 - jnp.argmax((weights > 0)[:, ::-1], axis=1)
+    return jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last).astype(jnp.int32)
+
+
+def _logprobs(
+    logits: jax.Array, tokens: jax.Array, arrays: SamplingArrays, active: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the tokens f32[slots]; ids and log-probabilities of the best [slots, MAX_TOP_LOGPROBS]."""
+    slots, vocab = logits.shape
+    num_top = min(MAX_TOP_LOGPROBS, vocab)
+
+    def own() -> tuple[jax.Array, jax.Array]:
+        best = jnp.max(logits, axis=1).astype(jnp.float32)
+        ones = jnp.ones((slots,), jnp.float32)
+        total = jnp.sum(group_sums(masked_weights(logits, best, ones, -jnp.inf * ones, 0 * ones), 0 * ones), axis=1)
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0].astype(jnp.float32)
+        normalizer = best + jnp.log(total)
+        return chosen - normalizer, normalizer
+
+    def top(normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = lax.top_k(logits.astype(jnp.float32), num_top)
+        pad = ((0, 0), (0, MAX_TOP_LOGPROBS - num_top))
+        return jnp.pad(ids, pad, constant_values=-1), jnp.pad(
+            values - normalizer[:, None], pad, constant_values=-jnp.inf
+        )
+
+    def no_top(_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shape = (slots, MAX_TOP_LOGPROBS)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    wanted = jnp.any(active & (arrays.wants_logprobs != 0))
+    logprobs, normalizer = lax.cond(wanted, own, lambda: (jnp.zeros((slots,)), jnp.zeros((slots,))))
+    top_ids, top_logprobs = lax.cond(jnp.any(active & (arrays.top_logprobs > 0)), top, no_top, normalizer)
+    return logprobs, top_ids, top_logprobs

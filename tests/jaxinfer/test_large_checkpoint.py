@@ -1,0 +1,84 @@
+"""Peak memory of loading a few hundred megabytes, and the script that writes random models of any size."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.models import load_config
+from jaxinfer.models.checkpoint import load_parameters
+from jaxinfer.models.transformer import abstract_parameters
+
+F32 = jnp.dtype(jnp.float32)
+MEASURE = """
+import sys
+import jax, jax.numpy as jnp
+from jaxinfer.models import load_config
+from jaxinfer.models.checkpoint import load_parameters
+from jaxinfer.models.transformer import abstract_parameters
+
+def status_bytes(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+
+directory, dtype = sys.argv[1], jnp.dtype(sys.argv[2])
+config = load_config(directory)
+abstract_parameters(config, dtype)
+jnp.zeros(8).block_until_ready()
+before = status_bytes("VmRSS")
+parameters = load_parameters(directory, config, dtype)
+sizes = [array.nbytes for array in parameters]
+print(status_bytes("VmHWM") - before, sum(sizes), max(sizes))
+"""
+
+
+@pytest.fixture(scope="module")
+def random_model(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """~300 MB in float32, sharded, written by the script."""
+    out = tmp_path_factory.mktemp("random") / "model"
+    shape = "--hidden-size 1024 --layers 4 --heads 16 --kv-heads 4 --intermediate-size 2816 --vocab-size 16000"
+    options = f"--arch mistral {shape} --sliding-window 64 --dtype float32 --shard-bytes 100000000 --out {out}"
+    script = repository / "scripts" / "make_random_model.py"
+    subprocess.run([sys.executable, script, *options.split()], check=True, cwd=repository, timeout=240)
+    return out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peak_memory_is_the_model_and_one_tensor(repository: Path, random_model: Path, dtype: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, random_model, dtype],
+        check=True,
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    peak_bytes, model_bytes, largest_bytes = map(int, run.stdout.split())
+    print(
+        f"{dtype}: peak {peak_bytes / model_bytes:.3f} of the model's bytes, largest {largest_bytes / model_bytes:.3f}"
+    )
+    assert model_bytes > 150e6
+    assert 0.9 * model_bytes < peak_bytes <= 1.3 * model_bytes + largest_bytes
+
+
+def test_random_model_is_what_was_asked_for(random_model: Path) -> None:
+    config = load_config(random_model)
+    assert (config.architecture, config.layers[0].window, len(config.layers)) == ("MistralForCausalLM", 64, 4)
+    assert len(list(random_model.glob("*.safetensors"))) == 4
+    parameters = dict(zip(abstract_parameters(config, F32), load_parameters(random_model, config, F32), strict=True))
+    np.testing.assert_allclose(np.asarray(parameters["embed.weight"]).std(), 0.02, rtol=0.01)
+    assert (np.asarray(parameters["norm.weight"]) == 1).all()
+
+
+def test_random_model_refuses_what_cannot_be(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shape = "--hidden-size 8 --layers 1 --heads 4 --kv-heads 3 --intermediate-size 8 --vocab-size 16"
+    command = [sys.executable, "scripts/make_random_model.py", "--arch", "llama", *shape.split(), "--out", str(out)]
+    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 2 and "q_heads=4 must be a multiple of kv_heads=3" in run.stderr
+    (out / "mine.txt").write_text("keep")
+    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 2 and "is not an empty directory" in run.stderr and (out / "mine.txt").exists()

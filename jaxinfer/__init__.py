@@ -1,0 +1,1 @@
+"""One engine: models, cache, scheduler, sampling, and the two compiled drivers around one forward pass."""

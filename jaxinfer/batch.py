@@ -19,9 +19,9 @@ import numpy as np
 
 from jaxinfer import sampling
 from jaxinfer.config import EngineConfig, ModelConfig, PageGroup, page_groups
+from jaxinfer.plan import Admission, Plan
 from jaxinfer.request import MAX_STOP_TOKEN_IDS
 from jaxinfer.sampling import SamplingArrays, TokenCounts
-from jaxinfer.plan import Admission, Plan
 from jaxinfer.scheduler import max_cells_per_plan
 from pallas_kernels import attention
 from pallas_kernels.attention import KVSpec, LayerKV

@@ -118,7 +118,7 @@ def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine runs a model. The CLI's flags are generated from these fields: `max_num_seqs` -> `--max-num-seqs`."""
+    """How an engine runs a model. Flags are generated from these fields: `max_num_seqs` becomes `--max-num-seqs`."""
 
     dtype: str = _flag("bfloat16", "dtype of weights, activations and K/V", DTYPES)
     max_num_seqs: int = _flag(16, "decode slots: sequences that run at once")
@@ -177,7 +177,8 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         if self.min_prefill_bucket > self.max_num_batched_tokens:
             raise ConfigError(
-                f"min_prefill_bucket={self.min_prefill_bucket} is over max_num_batched_tokens={self.max_num_batched_tokens}"
+                f"min_prefill_bucket={self.min_prefill_bucket} is over "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
 
 

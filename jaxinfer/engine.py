@@ -125,6 +125,10 @@ class Engine:
             num_eos_ids=len(self.model.eos_token_ids),
             has_tokenizer=self.tokenizer is not None,
         )
+        if request.sampling.n > self.config.max_queue:
+            raise RequestError(
+                "n", f"{request.sampling.n} completions can never wait at once: max_queue is {self.config.max_queue}"
+            )
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError, or QueueFullError over `max_queue`."""
@@ -284,7 +288,7 @@ class Engine:
 
     def check(self) -> None:
         """AssertionError when a page or slot leaked. Call it when idle."""
-        self._cache.check()
+        self._scheduler.check()  # the cache's books included
         if not self.has_work():
             used = [usage.used for usage in self._cache.usage()]
             assert not any(used), f"pages in use while idle, per group: {used}"

@@ -100,8 +100,7 @@ class LLM:
                 prompt=text,
                 prompt_token_ids=request.prompt_token_ids,
                 outputs=[
-                    Completion(i, logprobs=[] if request.sampling.logprobs else None)
-                    for i in range(request.sampling.n)
+                    Completion(i, logprobs=[] if request.sampling.logprobs else None) for i in range(request.sampling.n)
                 ],
             )
             for request, text in requests
@@ -128,11 +127,13 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Request, str | None]]:
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+            prompts = [prompts]  # type: ignore[assignment, list-item]
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(prompts)
         if len(sampling) != len(prompts):
-            raise RequestError("sampling", f"{len(sampling)} SamplingParams for {len(prompts)} prompts; give 1 or as many")
+            raise RequestError(
+                "sampling", f"{len(sampling)} SamplingParams for {len(prompts)} prompts; give 1 or as many"
+            )
         requests = []
         for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
             text = prompt if isinstance(prompt, str) else None

@@ -53,7 +53,7 @@ def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int) -> 
     rows = length
     if group.window is not None:
         rows = min(length, group.window + 2 * max(config.max_num_batched_tokens, config.loop_steps))
-    return math.ceil(rows / config.page_size) + (0 if group.window is None else 1)
+    return math.ceil(rows / config.page_size) + (0 if group.window is None else 2)  # pages slide out late
 
 
 def _device_memory_bytes() -> int:

@@ -16,6 +16,8 @@ from jaxinfer.batch import DeviceState, Packer
 from jaxinfer.config import EngineConfig
 from jaxinfer.step import Drivers, Outcome, Parameters
 
+MIN_MIXED_SLOTS = 16  # below that a prefill hardly notices its decode rows, and each program costs seconds to compile
+
 log = logging.getLogger(__name__)
 
 
@@ -56,6 +58,7 @@ class Programs:
     ):
         self._drivers = drivers
         self._slots = slot_buckets(drivers.limits.slots)
+        self._mixed_slots = [n for n in self._slots if n >= MIN_MIXED_SLOTS] or self._slots[-1:]
         self._tokens = prefill_buckets(config)
         self._abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (parameters, state)
@@ -71,13 +74,14 @@ class Programs:
     def declared(self) -> list[Shape]:
         """The warm set, most likely first: what a lone request needs, then full batches, then the rest."""
         largest, smallest = self._slots[-1], self._slots[0]
-        first = [Shape(smallest, self._tokens[0]), Shape(smallest), Shape(largest, self._tokens[-1]), Shape(largest)]
-        rest = [Shape(slots, tokens) for tokens in self._tokens for slots in self._slots]
+        lone = [Shape(self._mixed_slots[0], self._tokens[0]), Shape(smallest)]
+        first = [*lone, Shape(largest, self._tokens[-1]), Shape(largest)]
+        rest = [Shape(slots, tokens) for tokens in self._tokens for slots in self._mixed_slots]
         return list(dict.fromkeys(first + rest + [Shape(slots) for slots in self._slots]))
 
     def shape_for(self, num_slots: int, prefill_tokens: int) -> Shape:
         """The smallest declared shape that holds this many slots and prefill tokens."""
-        slots = next(bucket for bucket in self._slots if bucket >= num_slots)
+        slots = next(n for n in (self._mixed_slots if prefill_tokens else self._slots) if n >= num_slots)
         tokens = next(bucket for bucket in self._tokens if bucket >= prefill_tokens) if prefill_tokens else 0
         return Shape(slots, tokens)
 

@@ -76,7 +76,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
     n: int = 1
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()  # one string counts as one stop string
     stop_token_ids: tuple[int, ...] = ()
     include_stop_in_output: bool = False
     ignore_eos: bool = False
@@ -130,7 +130,8 @@ class SamplingParams:
         if used > MAX_STOP_TOKEN_IDS:
             raise RequestError(
                 "stop_token_ids",
-                f"{len(self.stop_token_ids)} with the model's {num_eos_ids} end-of-sequence ids are over the limit of {MAX_STOP_TOKEN_IDS}",
+                f"{len(self.stop_token_ids)} with the model's {num_eos_ids} end-of-sequence ids are over the limit of "
+                f"{MAX_STOP_TOKEN_IDS}",
             )
 
 
@@ -175,7 +176,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A piece of one completion. `text` may be shorter than the tokens' own: text that could begin a stop string waits."""
+    """A piece of one completion. `text` may lag behind the tokens: what could begin a stop string waits."""
 
     request_id: str
     index: int  # which of the request's n completions
@@ -197,10 +198,8 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
-        raise RequestError(
-            name,
-            f"{value!r} must be a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}",
-        )
+        lower = f"above {low:g} up" if open_low else f"from {low:g}"
+        raise RequestError(name, f"{value!r} must be a number {lower} to {high:g}")
 
 
 def check_token_ids(value: Sequence[object]) -> tuple[int, ...]:

@@ -177,9 +177,9 @@ class Drivers:
     ) -> tuple[jax.Array, PagedCache]:
         """Hidden states `[tokens, embed]` of the packed batch, and the cache with its K/V written."""
         layers = list(cache.layers)
-        home = {}  # K/V-owning layer -> (its place in the cache, its page group)
+        home: dict[int, int] = {}  # K/V-owning layer -> its page group
         for g, group in enumerate(page_groups(self.model)):
-            home |= {layer: g for layer in group.layers}
+            home |= dict.fromkeys(group.layers, g)
         place = {layer: i for i, layer in enumerate(sorted(home))}
 
         def attend(index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None) -> jax.Array:

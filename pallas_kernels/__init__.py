@@ -1,0 +1,1 @@
+"""One device: arrays in, arrays out. No mesh, no model, no config."""

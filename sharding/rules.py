@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -10,10 +11,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RULES: Mapping[str, str] = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
 
 
-def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Sharding of an array with these logical axes. Raises ValueError where a size does not divide, naming it."""
+class Specified(Protocol):
+    """What is known of an array before it exists."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def axes(self) -> tuple[str, ...]: ...
+
+
+def partition(spec: Specified, mesh: Mesh) -> NamedSharding:
+    """Sharding of an array by its logical axes. Raises ValueError where a size does not divide, naming it."""
     split: list[str | None] = []
-    for axis, size in zip(axes, shape, strict=True):
+    for axis, size in zip(spec.axes, spec.shape, strict=True):
         mesh_axis = RULES.get(axis)
         if mesh_axis is None or mesh_axis not in mesh.shape:
             split.append(None)

@@ -1,4 +1,4 @@
-"""The oracle: one sequence, no cache, no batch. Every token recomputes the whole prefix with dense float32 attention."""
+"""The oracle: one sequence, no cache, no batch. Every token recomputes the whole prefix, densely and in float32."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxinfer.config import ModelConfig, RopeSpec
 from pallas_kernels.matmul import matmul
 from pallas_kernels.reductions import row_sums
 
-# attend(layer_index, q [tokens, q_heads, head_dim], k and v [tokens, kv_heads, head_dim] or None) -> [tokens, q_heads, head_dim]
+# attend(layer_index, q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim] or None) -> like q
 Attend = Callable[[int, jax.Array, jax.Array | None, jax.Array | None], jax.Array]
 Rotation = tuple[jax.Array, jax.Array]  # cos, sin: f32[tokens, 1, head_dim // 2]
 
@@ -32,7 +33,7 @@ def parameter(shape: tuple[int, ...], dtype: jnp.dtype, axes: tuple[str, ...], r
 
 
 class Linear(nnx.Module):
-    """`x [rows, in] -> [rows, out]` with the weight as `[out, in]`, the way Hugging Face stores it and a CPU reads it."""
+    """`x [rows, in] -> [rows, out]`; the weight is `[out, in]`, as Hugging Face stores it and a CPU reads it."""
 
     def __init__(
         self, in_size: int, out_size: int, axes: tuple[str, str], *, dtype: jnp.dtype, backend: str, rngs: nnx.Rngs
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
         self.index, self.head_dim = index, config.head_dim
         self.owns_kv = config.layers[index].kv_from is None
         q_size, kv_size = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-        kwargs = {"dtype": dtype, "backend": backend, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": dtype, "backend": backend, "rngs": rngs}
         self.q = Linear(config.embed_size, q_size, ("heads", "embed"), **kwargs)
         if self.owns_kv:
             self.k = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), **kwargs)
@@ -110,7 +111,7 @@ class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, backend: str, rngs: nnx.Rngs):
-        kwargs = {"dtype": dtype, "backend": backend, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": dtype, "backend": backend, "rngs": rngs}
         self.gate = Linear(config.embed_size, config.ffn_size, ("ffn", "embed"), **kwargs)
         self.up = Linear(config.embed_size, config.ffn_size, ("ffn", "embed"), **kwargs)
         self.down = Linear(config.ffn_size, config.embed_size, ("embed", "ffn"), **kwargs)

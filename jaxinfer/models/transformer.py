@@ -1,13 +1,14 @@
 """The one decoder: every architecture is a ModelConfig for it.
 
-`split` turns the module once into a flat tuple of arrays, which is all that enters a jitted call (an nnx.State
-costs a Python callback per leaf and call); `parameter_names` and `abstract_parameters` give that tuple's order.
+A jitted call takes its weights as one flat tuple of arrays (an nnx.State costs a Python callback per leaf and call);
+`abstract_parameters` gives the tuple's order, `merger` the way back to a module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class Transformer(nnx.Module):
         self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, matmul_backend: str = "auto", rngs: nnx.Rngs
     ):
         self.config = config
-        kwargs = {"dtype": dtype, "backend": matmul_backend, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": dtype, "backend": matmul_backend, "rngs": rngs}
         self.embed = Embedding(config, **kwargs)
         self.layers = nnx.List([Layer(config, index, **kwargs) for index in range(len(config.layers))])
         self.norm = RMSNorm(config.embed_size, config.norm_eps, dtype=dtype, rngs=rngs)
@@ -92,15 +93,15 @@ def abstract_parameters(config: ModelConfig, dtype: jnp.dtype) -> dict[str, Para
     model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return {
         ".".join(map(str, path)): ParameterSpec(leaf.shape, jnp.dtype(leaf.dtype), leaf.get_metadata("axes"))
-        for path, leaf in _leaves(model)
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
     }
 
 
-def merger(config: ModelConfig, dtype: jnp.dtype, matmul_backend: str) -> Callable[[tuple[jax.Array, ...]], Transformer]:
+def merger(
+    config: ModelConfig, dtype: jnp.dtype, matmul_backend: str
+) -> Callable[[tuple[jax.Array, ...]], Transformer]:
     """A function from the flat tuple of arrays back to a module; call it while tracing."""
-    abstract = nnx.eval_shape(
-        lambda: Transformer(config, dtype=dtype, matmul_backend=matmul_backend, rngs=nnx.Rngs(0))
-    )
+    abstract = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, matmul_backend=matmul_backend, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     structure = jax.tree.structure(state)
     return lambda parameters: nnx.merge(graph, jax.tree.unflatten(structure, parameters))
@@ -110,7 +111,3 @@ def random_parameters(config: ModelConfig, dtype: jnp.dtype, seed: int) -> tuple
     """Random weights in flat order, for tests and for speed measurements."""
     model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed))
     return tuple(jax.tree.leaves(nnx.state(model)))
-
-
-def _leaves(model: Transformer) -> list[tuple[tuple[str | int, ...], nnx.Variable]]:
-    return [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))]

@@ -93,7 +93,7 @@ def attend(
     sinks: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, XlaKV]:
-    num_tokens, q_heads, head_dim = q.shape
+    num_tokens = q.shape[0]
     if k is not None and v is not None:
         page, offset, _ = token_rows(ragged, num_tokens, kv.spec.page_size)
         kv = XlaKV(_write(kv.keys, k, page, offset), _write(kv.values, v, page, offset))

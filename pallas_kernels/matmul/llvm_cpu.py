@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from pallas_kernels.matmul import llvm_handler, llvm_tiles
 
 TARGET_NAME = "jaxinfer_matmul_bf16_v1"  # stands in compiled programs: a new number for every change of the contract
-MAX_ROWS = 64  # above, XLA's dot is as fast
 OUT_DTYPES = ("bfloat16", "float32")
 
 _registration = threading.Lock()
@@ -32,16 +31,44 @@ def refuse(*, rows: int, in_size: int, out_size: int, dtype: str, out_dtype: str
         return f"it multiplies bfloat16, not {dtype} (in float32, XLA's dot promises a row's bits)"
     if out_dtype not in OUT_DTYPES:
         return f"out_dtype {out_dtype} is not one of {', '.join(OUT_DTYPES)}"
-    if rows > MAX_ROWS:
-        return f"{rows} rows are more than {MAX_ROWS}: they are bound by arithmetic, where XLA's dot is as fast"
     with _registration:
-        return _register()
+        reason = _register()
+    if reason is not None:
+        return reason
+    isa = _host_isa()
+    assert isinstance(isa, llvm_tiles.Isa), "registered without an instruction set"
+    if isa.most_rows is not None and rows > isa.most_rows:
+        return f"{rows} rows are more than {isa.most_rows}: arithmetic is the limit there, and XLA's dot is faster"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)
+    return jax.ffi.ffi_call(TARGET_NAME, result, vmap_method="sequential")(x, weight)
+
+
+def _forward(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _multiply(x, weight, out_dtype), (x, weight)
+
+
+def _backward(
+    out_dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = operands
+    gradient = gradient.astype(x.dtype)
+    return gradient @ weight, gradient.T @ x
+
+
+_multiply.defvjp(_forward, _backward)
 
 
 def run(x: jax.Array, weight: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
-    """`x bf16[rows, in]`, `weight bf16[out, in]` -> `[rows, out]`; after `refuse` has returned None."""
-    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)
-    return jax.ffi.ffi_call(TARGET_NAME, result, vmap_method="sequential")(x, weight)
+    """`x bf16[rows, in]`, `weight bf16[out, in]` -> `[rows, out]`; after `refuse` has returned None.
+
+    Differentiable in reverse mode; gradients are XLA's dots.
+    """
+    return _multiply(x, weight, out_dtype)
 
 
 @functools.cache
@@ -78,7 +105,9 @@ def _host_isa() -> llvm_tiles.Isa | str:
     if machine not in ("x86_64", "amd64") or not (features.get("avx2") and features.get("fma")):
         return f"it needs x86-64 with AVX2 and FMA, or 64-bit Arm; this is {machine} ({binding.get_host_cpu_name()})"
     if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
-        return llvm_tiles.AVX512_BF16 if features.get("avx512bf16") else llvm_tiles.AVX512
+        if not features.get("avx512bf16"):
+            return llvm_tiles.AVX512
+        return llvm_tiles.AMX_HOST if features.get("amx-bf16") else llvm_tiles.AVX512_BF16
     return llvm_tiles.AVX2
 
 

@@ -8,8 +8,10 @@ never a deadlock. Whoever leaves a job last frees it.
 from __future__ import annotations
 
 API_MAJOR, API_MINOR = 0, 4  # of the structs below; XLA checks them when the handler is registered
-CHUNK_BYTES = 1 << 18  # weights per claim: small enough to balance, large beside the tile fetched past a chunk's end
-ROWS_PER_CLAIM = 4  # with more rows, claims shrink in proportion
+CHUNK_BYTES = 1 << 18  # most weights per claim: large beside the tile that is fetched past a claim's end
+LEAST_CHUNKS = 8  # of a matmul that is shared at all: enough to balance
+ALONE_BYTES = 1 << 18  # weights that one thread reads before another has woken up...
+ALONE_ROWS = 4  # ...with up to so many rows; with more, it takes time in proportion
 F32 = 11  # XLA_FFI_DataType_F32
 
 # Places of function pointers in XLA_FFI_Api: they follow 48 bytes of sizes and versions.
@@ -31,7 +33,6 @@ declare ptr @malloc(i64)
 declare void @free(ptr)
 declare i32 @sched_yield()
 declare i64 @llvm.umin.i64(i64, i64)
-declare i64 @llvm.umax.i64(i64, i64)
 """
 
 _JOBS = """
@@ -254,12 +255,17 @@ execute:
   %p_in = getelementptr i64, ptr %w_dims, i64 1
   %in = load i64, ptr %p_in
   %row_bytes = shl i64 %in, 1
-  %rows_counted = call i64 @llvm.umax.i64(i64 %rows, i64 {ROWS_PER_CLAIM})
-  %cost = mul i64 %row_bytes, %rows_counted
-  %affordable = udiv i64 {CHUNK_BYTES * ROWS_PER_CLAIM}, %cost
-  %tiles = udiv i64 %affordable, {chunk_multiple}
+  %rows_counted = call i64 @llvm.umax.i64(i64 %rows, i64 {ALONE_ROWS})
+  %weight_bytes = mul i64 %row_bytes, %outs
+  %cost = mul i64 %weight_bytes, %rows_counted
+  %is_cheap = icmp ult i64 %cost, {ALONE_BYTES * ALONE_ROWS}
+  %most = udiv i64 {CHUNK_BYTES}, %row_bytes
+  %fair = udiv i64 %outs, {LEAST_CHUNKS}
+  %wanted = call i64 @llvm.umin.i64(i64 %most, i64 %fair)
+  %tiles = udiv i64 %wanted, {chunk_multiple}
   %some_tiles = call i64 @llvm.umax.i64(i64 %tiles, i64 1)
-  %chunk = mul i64 %some_tiles, {chunk_multiple}
+  %shared = mul i64 %some_tiles, {chunk_multiple}
+  %chunk = select i1 %is_cheap, i64 %outs, i64 %shared
   %outs_up = add i64 %outs, %chunk
   %outs_ceil = sub i64 %outs_up, 1
   %chunks = udiv i64 %outs_ceil, %chunk

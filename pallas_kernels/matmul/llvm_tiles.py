@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 OUTS = 4  # rows of weight per tile, and vectors that one lane reduction sums at once
 NEAR_BYTES = 512  # how far ahead in its own row a weight is fetched into L1
+X_BYTES = 1 << 18  # of x that stay in a core's L2 while weights stream past
+LEAST_ROWS = 16  # of x at a time, however long its rows are: fewer would read weights too often
 L1, L2 = 3, 2  # localities of llvm.prefetch
 
 
@@ -21,6 +23,7 @@ class Isa:
     bf16_dot: bool  # AVX512-BF16's vdpbf16ps; else bfloat16 is widened and multiplied in float32
     lanes: int  # float32 values per vector
     tile_rows: int  # rows of x per tile: tile_rows * OUTS accumulators fit the registers
+    most_rows: int | None  # where XLA's dot gets faster; None: nowhere
 
     @property
     def step(self) -> int:
@@ -40,10 +43,13 @@ class Isa:
         return f"<{self.step} x i16>"
 
 
-AVX512_BF16 = Isa(bf16_dot=True, lanes=16, tile_rows=4)
-AVX512 = Isa(bf16_dot=False, lanes=16, tile_rows=4)
-AVX2 = Isa(bf16_dot=False, lanes=8, tile_rows=2)
-NEON = Isa(bf16_dot=False, lanes=4, tile_rows=4)
+AVX512_BF16 = Isa(bf16_dot=True, lanes=16, tile_rows=4, most_rows=None)
+AMX_HOST = Isa(
+    bf16_dot=True, lanes=16, tile_rows=4, most_rows=32
+)  # XLA has matrix units there, which this does not use
+AVX512 = Isa(bf16_dot=False, lanes=16, tile_rows=4, most_rows=32)
+AVX2 = Isa(bf16_dot=False, lanes=8, tile_rows=2, most_rows=32)
+NEON = Isa(bf16_dot=False, lanes=4, tile_rows=4, most_rows=32)
 
 
 class Code:
@@ -75,7 +81,8 @@ def module(isa: Isa) -> str:
     `x` and `w` are bfloat16 rows of `in` values; `out` is float32 if `wide`, else bfloat16, `out_stride` values a row.
     """
     variants = [(rows, outs, ahead) for rows in range(1, isa.tile_rows + 1) for outs, ahead in _shapes()]
-    return "\n".join([_declarations(isa), *(_tile(isa, *variant) for variant in variants), _panel(isa)])
+    tiles = (_tile(isa, *variant) for variant in variants)
+    return "\n".join([_declarations(isa), *tiles, _row_group(isa), _PANEL])
 
 
 def _shapes() -> list[tuple[int, int]]:
@@ -87,7 +94,7 @@ def _shapes() -> list[tuple[int, int]]:
 
 
 def _declarations(isa: Isa) -> str:
-    lines = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"]
+    lines = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)", "declare i64 @llvm.umax.i64(i64, i64)"]
     mask = f"<{isa.step} x i1>"
     lines.append(f"declare {isa.halves} @llvm.masked.load.v{isa.step}i16.p0(ptr, i32, {mask}, {isa.halves})")
     if isa.bf16_dot:
@@ -258,13 +265,49 @@ def _splat(value: int, count: int) -> str:
     return _constants([value] * count)
 
 
-def _panel(isa: Isa) -> str:
+_SIGNATURE = "ptr %x, ptr %w, ptr %out, i64 %rows, i64 %in, i64 %outs, i64 %out_stride, i1 %wide"
+
+_PANEL = f"""
+define internal void @panel({_SIGNATURE}) nounwind {{ ; groups of rows that fit a core's L2, about equal
+entry:
+  %value_bytes = select i1 %wide, i64 4, i64 2
+  %out_row_bytes = mul i64 %out_stride, %value_bytes
+  %row_bytes = shl i64 %in, 1
+  %fitting = udiv i64 {X_BYTES}, %row_bytes
+  %most = call i64 @llvm.umax.i64(i64 %fitting, i64 {LEAST_ROWS})
+  %rows_up = add i64 %rows, %most
+  %rows_ceil = sub i64 %rows_up, 1
+  %groups = udiv i64 %rows_ceil, %most
+  br label %loop
+loop:
+  %r = phi i64 [0, %entry], [%r_next, %loop]
+  %group = phi i64 [0, %entry], [%group_next, %loop]
+  %r_left = sub i64 %rows, %r
+  %groups_left = sub i64 %groups, %group
+  %sum = add i64 %r_left, %groups_left
+  %ceil = sub i64 %sum, 1
+  %size = udiv i64 %ceil, %groups_left
+  %x_offset = mul i64 %r, %row_bytes
+  %x_group = getelementptr i8, ptr %x, i64 %x_offset
+  %out_offset = mul i64 %r, %out_row_bytes
+  %out_group = getelementptr i8, ptr %out, i64 %out_offset
+  call void @row_group(ptr %x_group, ptr %w, ptr %out_group, i64 %size, i64 %in, i64 %outs, i64 %out_stride, i1 %wide)
+  %r_next = add i64 %r, %size
+  %group_next = add i64 %group, 1
+  %more = icmp ult i64 %group_next, %groups
+  br i1 %more, label %loop, label %exit
+exit:
+  ret void
+}}
+"""
+
+
+def _row_group(isa: Isa) -> str:
     """Tiles over `outs`; within each, blocks of rows as equal as they can be (5 rows are 3 + 2, not 4 + 1)."""
     cases = "".join(_cases(isa, outs, ahead) for outs, ahead in _shapes())
-    signature = "ptr %x, ptr %w, ptr %out, i64 %rows, i64 %in, i64 %outs, i64 %out_stride, i1 %wide"
     choices = " ".join(f"i64 {ahead}, label %tiles_{outs}_{ahead}" for outs, ahead in _shapes()[1:])
     return f"""
-define internal void @panel({signature}) nounwind {{
+define internal void @row_group({_SIGNATURE}) nounwind {{
 entry:
   %rows_up = add i64 %rows, {isa.tile_rows - 1}
   %blocks = udiv i64 %rows_up, {isa.tile_rows}

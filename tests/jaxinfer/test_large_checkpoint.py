@@ -1,7 +1,10 @@
 """Peak memory of loading a few hundred megabytes, and the script that writes random models of any size."""
 
+import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,14 +38,21 @@ print(status_bytes("VmHWM") - before, sum(sizes), max(sizes))
 
 
 @pytest.fixture(scope="module")
-def random_model(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_random_model(repository: Path) -> Callable[[str], int]:
+    """The script's command line, run in this process: starting another one would import jax again."""
+    main = runpy.run_path(str(repository / "scripts" / "make_random_model.py"))["main"]
+    return lambda arguments: main(arguments.split())
+
+
+@pytest.fixture(scope="module")
+def random_model(make_random_model: Callable[[str], int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """~300 MB in float32, sharded, written by the script."""
     out = tmp_path_factory.mktemp("random") / "model"
     shape = "--hidden-size 1024 --layers 4 --heads 16 --kv-heads 4 --intermediate-size 2816 --vocab-size 16000"
-    options = f"--arch mistral {shape} --sliding-window 64 --dtype float32 --shard-bytes 100000000 --out {out}"
-    script = repository / "scripts" / "make_random_model.py"
-    subprocess.run([sys.executable, script, *options.split()], check=True, cwd=repository, timeout=240)
-    return out
+    options = "--sliding-window 64 --dtype float32 --shard-bytes 100000000"
+    assert make_random_model(f"--arch mistral {shape} {options} --out {out}") == 0
+    yield out
+    shutil.rmtree(out)  # pytest keeps the directories of its last three runs
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -73,12 +83,23 @@ def test_random_model_is_what_was_asked_for(random_model: Path) -> None:
     assert (np.asarray(parameters["norm.weight"]) == 1).all()
 
 
-def test_random_model_refuses_what_cannot_be(repository: Path, tmp_path: Path) -> None:
+def test_random_model_refuses_what_cannot_be(
+    make_random_model: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "model"
     shape = "--hidden-size 8 --layers 1 --heads 4 --kv-heads 3 --intermediate-size 8 --vocab-size 16"
-    command = [sys.executable, "scripts/make_random_model.py", "--arch", "llama", *shape.split(), "--out", str(out)]
-    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 2 and "q_heads=4 must be a multiple of kv_heads=3" in run.stderr
+    assert make_random_model(f"--arch llama {shape} --out {out}") == 2
+    assert "q_heads=4 must be a multiple of kv_heads=3" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
     (out / "mine.txt").write_text("keep")
-    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 2 and "is not an empty directory" in run.stderr and (out / "mine.txt").exists()
+    assert make_random_model(f"--arch llama {shape} --out {out}") == 2
+    assert "is not an empty directory" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_random_model_is_the_same_for_a_seed(make_random_model: Callable[[str], int], tmp_path: Path) -> None:
+    shape = "--hidden-size 8 --layers 1 --heads 2 --kv-heads 1 --intermediate-size 8 --vocab-size 16 --tie"
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert make_random_model(f"--arch llama {shape} --seed {seed} --out {tmp_path / name}") == 0
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b and a != c

@@ -133,7 +133,8 @@ def run(rows: list[Row], dtype: str = "float32") -> SampleResult:
 
 def run_exactly(rows: list[Row], dtype: str = "float32") -> SampleResult:
     vocab, slots = len(rows[0].logits), len(rows)
-    in_prompt, in_output = np.zeros((slots, vocab), bool), np.zeros((slots, vocab), np.int32)
+    in_prompt, in_output = np.zeros((slots + 1, vocab), bool), np.zeros((slots + 1, vocab), np.int32)
+    in_prompt[slots:], in_output[slots:] = True, 99  # rows past the batch are not read
     for slot, row in enumerate(rows):
         in_prompt[slot, list(row.in_prompt)] = True
         np.add.at(in_output[slot], list(row.in_output), 1)

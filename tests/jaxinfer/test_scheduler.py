@@ -121,16 +121,20 @@ def test_online_goes_before_batch_but_only_eight_times() -> None:
 
 
 def test_a_batch_request_ends_under_a_flood_of_online_ones_and_short_pages() -> None:
-    """Preempted as the lowest class, it counts as online after a few times, and then it is the oldest."""
-    driver = driver_of(extra_pages=0, max_num_seqs=3, prefix_caching=False)
-    (batch,) = driver.add(request_of("batch", 12, max_tokens=28, priority=Priority.BATCH))
-    for turn in range(600):
-        if turn % 2 == 0 and driver.scheduler.num_waiting < 4:
-            driver.add(request_of(f"online{turn}", 8, max_tokens=30), seed=turn)
+    """Preempted three times as the lowest class, it counts as online, and then it is the oldest.
+
+    Its prompt takes five steps, so without that rule it would be preempted again and again before its first token.
+    """
+    driver = driver_of(extra_pages=2, max_num_seqs=3, max_num_batched_tokens=4, prefix_caching=False)
+    (batch,) = driver.add(request_of("batch", 20, max_tokens=20, priority=Priority.BATCH))
+    for turn in range(400):
+        if driver.scheduler.num_waiting < 4:
+            driver.add(request_of(f"online{turn}", 4, max_tokens=20), seed=turn)
         driver.step()
         if batch.seq_id in driver.ended:
             break
     assert driver.ended[batch.seq_id] is FinishReason.LENGTH
+    assert batch.num_preemptions == 3
     driver.drain(2000)
     driver.check_answers()
 
@@ -150,6 +154,18 @@ def test_static_batches_run_to_completion() -> None:
         driver.step()
     driver.drain(100)
     assert driver.order == list(range(7))
+    driver.check_answers()
+
+
+def test_a_preempted_member_stays_in_its_static_batch() -> None:
+    config = config_of(batching="static", max_num_seqs=3, prefix_caching=False)
+    driver = Driver(config, (None,), [1 + 13], MAX_MODEL_LEN)
+    _, long, preempted = (driver.add(request_of(str(n), [n] * 4, max_tokens=n), seed=n)[0] for n in (20, 36, 35))
+    while driver.order.count(preempted.seq_id) < 2:
+        driver.step()
+    assert (long.num_preemptions, preempted.num_preemptions) == (0, 1)
+    assert long.seq_id not in driver.ended, "it comes back while its batch runs"
+    driver.drain(100)
     driver.check_answers()
 
 

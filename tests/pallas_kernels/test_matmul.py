@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -144,6 +145,19 @@ def test_inside_while_loop_with_donated_state() -> None:
 
 
 @needs_native
+def test_rows_beyond_the_second_level_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are taken in groups that fit it; a prefill's rows have the bits they would have when decoded."""
+    monkeypatch.setattr(llvm_cpu, "_host_isa", lambda: llvm_tiles.AVX512_BF16)  # whose rows are not limited
+    x, weight = operands(150, 4100, 40)
+    product = np.asarray(matmul(x, weight, backend="llvm_cpu", out_dtype=jnp.float32))
+    wanted = exact(x, weight)
+    np.testing.assert_allclose(product, wanted, atol=1e-5 * np.max(np.abs(wanted)))
+    for row in (0, 31, 32, 74, 75, 149):
+        single = matmul(x[row : row + 1], weight, backend="llvm_cpu", out_dtype=jnp.float32)
+        np.testing.assert_array_equal(single[0], product[row])
+
+
+@needs_native
 def test_many_threads_at_once() -> None:
     x, weight = operands(4, 1024, 2048)  # large enough to be split over cores
     multiply = jax.jit(partial(matmul, backend="llvm_cpu"))
@@ -172,12 +186,28 @@ def test_vmap_runs_one_after_the_other() -> None:
 
 
 @needs_native
-def test_auto_prefers_the_native_kernel_up_to_its_limit() -> None:
-    case = CASE | {"dtype": "bfloat16"}
-    assert OP.choose("auto", **case | {"rows": llvm_cpu.MAX_ROWS})[0] == "llvm_cpu"
-    assert OP.choose("auto", **case | {"rows": llvm_cpu.MAX_ROWS + 1})[0] == "xla"
-    assert OP.choose("auto", **case | {"dtype": "float32", "out_dtype": "float32"})[0] == "xla"
-    assert OP.choose("auto", **case | {"platform": "tpu"})[0] == "xla"
+def test_gradients_are_those_of_the_xla_backend() -> None:
+    x, weight = operands(4, 64, 32)
+
+    def loss(x: jax.Array, weight: jax.Array, backend: str) -> jax.Array:
+        return jnp.sum(matmul(x, weight, backend=backend, out_dtype=jnp.float32) ** 2)
+
+    native, wanted = (jax.grad(loss, argnums=(0, 1))(x, weight, backend) for backend in ("llvm_cpu", "xla"))
+    for got, want in zip(native, wanted, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = np.max(np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)))
+        assert error <= 2**-7 * np.max(np.abs(np.asarray(want, np.float32)))
+
+
+@needs_native
+def test_auto_prefers_the_native_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert OP.choose("auto", **CASE)[0] == "llvm_cpu"
+    assert OP.choose("auto", **CASE | {"dtype": "float32", "out_dtype": "float32"})[0] == "xla"
+    assert OP.choose("auto", **CASE | {"platform": "tpu"})[0] == "xla"
+    monkeypatch.setattr(llvm_cpu, "_host_isa", lambda: llvm_tiles.AVX2)
+    assert OP.choose("auto", **CASE | {"rows": 32})[0] == "llvm_cpu"
+    assert OP.choose("auto", **CASE | {"rows": 33})[0] == "xla"
+    assert "33 rows are more than 32" in str(llvm_cpu.refuse(**CASE | {"rows": 33}))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +216,6 @@ def test_auto_prefers_the_native_kernel_up_to_its_limit() -> None:
         ({"platform": "gpu"}, "it is for CPUs, the platform is gpu"),
         ({"dtype": "float32"}, "it multiplies bfloat16, not float32"),
         ({"out_dtype": "float16"}, "out_dtype float16 is not one of bfloat16, float32"),
-        ({"rows": 100_000}, "100000 rows are more than"),
     ],
 )
 def test_native_refusals_say_why(change: dict[str, object], reason: str) -> None:
@@ -201,10 +230,16 @@ def test_forced_native_kernel_on_float32_raises() -> None:
         matmul(x, weight, backend="llvm_cpu")
 
 
-def test_without_llvmlite_the_refusal_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llvmlite_xla_serves_and_the_refusal_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llvmlite" else found(name))
-    assert llvm_cpu._register.__wrapped__() == "llvmlite is not installed: pip install llvmlite"
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    monkeypatch.setattr(llvm_cpu, "_register", llvm_cpu._register.__wrapped__)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    x, weight = operands(3, 64, 8)
+    np.testing.assert_array_equal(matmul(x, weight), matmul(x, weight, backend="xla"))
+    with pytest.raises(BackendError, match="llvmlite is not installed: pip install llvmlite"):
+        matmul(x, weight, backend="llvm_cpu")
 
 
 def test_a_cpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""Host time of one plan + apply at steady decoding, without a device: `python benchmarks/scheduler_overhead.py`.
+
+Prints the CPU time of the calling thread per loop call, in microseconds; the host's budget per call is 300 with 16
+slots and 1000 with 256, everything included.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from jaxinfer.cache import CacheManager
+from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.request import Request, SamplingParams
+from jaxinfer.scheduler import Scheduler, StepResult
+
+PAGE_SIZE = 32
+
+
+def steady_decoding(
+    num_slots: int, windows: tuple[int | None, ...], num_steps: int, num_calls: int = 120
+) -> list[float]:
+    """Seconds per plan + apply while all slots decode `num_steps` tokens per call."""
+    config = EngineConfig(max_num_seqs=num_slots, max_num_batched_tokens=8192, max_prefill_seqs=num_slots)
+    groups = [PageGroup(window, (index,)) for index, window in enumerate(windows)]
+    cache = CacheManager(groups, [num_slots * 70] * len(windows), PAGE_SIZE)
+    scheduler = Scheduler(config, cache, max_model_len=2048)
+    rng = np.random.default_rng(0)
+    for index in range(num_slots):
+        prompt = tuple(rng.integers(0, 1000, 12 + index % PAGE_SIZE).tolist())  # page boundaries spread over the calls
+        scheduler.add(Request(str(index), prompt, SamplingParams(max_tokens=2000)), seeds=[0])
+    seconds, flight = [], None
+    for _ in range(num_calls):
+        start = time.thread_time()
+        plan = scheduler.plan(max_steps=num_steps)
+        planned = time.thread_time() - start
+        assert plan is not None
+        tokens = np.full((plan.num_steps, num_slots), -1, np.int32)
+        tokens[:, [slot for slot, _ in plan.running]] = 7
+        start = time.thread_time()
+        if flight is not None:
+            scheduler.apply(*flight)
+        if not plan.chunks:
+            seconds.append(planned + time.thread_time() - start)
+        flight = (plan, StepResult(tokens, np.zeros(num_slots, np.int8)))
+    return seconds[4:]
+
+
+def main() -> None:
+    print(f"{'slots':>6} {'steps':>6} {'groups':>7} {'median us':>10} {'p95 us':>8}")
+    for num_slots in (16, 256):
+        for num_steps in (1, 4, 16):
+            for windows in ((None,), (None, 512)):
+                us = np.array(steady_decoding(num_slots, windows, num_steps)) * 1e6
+                median, p95 = np.percentile(us, (50, 95))
+                print(f"{num_slots:6} {num_steps:6} {len(windows):7} {median:10.0f} {p95:8.0f}")
+
+
+if __name__ == "__main__":
+    main()

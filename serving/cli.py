@@ -1,0 +1,224 @@
+"""The `jaxinfer` command: serve, generate, bench, info, demo.
+
+stdout holds results (with --json one JSON document and nothing else), stderr everything else. Exit codes: 0 done,
+1 failed, 2 bad arguments. jax is imported by the commands that need it, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.config import ConfigError, EngineConfig, shipped_model
+from jaxinfer.request import RequestError
+from serving.flags import add_config_flags, config_from
+from serving.generate import add_generate_parser
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(argv).parse_args(argv)
+    level = getattr(args, "log_level", "warning").upper()  # bench has flags of its own
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    debug = getattr(args, "debug", False)
+    _choose_platform()
+    args.progress = Progress()
+    try:
+        if getattr(args, "model", None) is not None and not Path(args.model).is_dir():
+            raise ConfigError(f"model directory {str(args.model)!r} does not exist")
+        return args.func(args)
+    except KeyboardInterrupt:
+        return _fail(args, "interrupted", 130)
+    except (ConfigError, RequestError) as error:
+        if debug:
+            raise
+        return _fail(args, str(error), 2)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(args, str(error) or type(error).__name__, 1)
+
+
+class Progress:
+    """What the user sees while waiting, on stderr: `update` overwrites one line of a terminal, `say` leaves a line."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._shown = False
+        self._tty = sys.stderr.isatty()
+
+    def update(self, text: str) -> None:
+        """Show `text` until the next call; nothing where stderr is no terminal."""
+        if self._tty:
+            self._shown = True
+            print(f"\r\x1b[2K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the last update away."""
+        if self._shown:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            self._shown = False
+
+    def say(self, text: str) -> None:
+        """Print a line with the seconds since the start."""
+        self.clear()
+        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+# ---- commands ----
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from serving.grpc_server import ServerConfig, serve
+
+    engine_config = config_from(args, EngineConfig)
+    server_config = config_from(args, ServerConfig)
+    model_name = server_config.served_model_name or Path(args.model).resolve().name
+    progress: Progress = args.progress
+
+    def make_engine(report: Any) -> Any:
+        from jaxinfer.engine import Engine
+
+        progress.say(f"loading {args.model}")
+        engine = Engine(args.model, engine_config, progress=report)
+        progress.say("loaded; compiling")
+        return engine
+
+    def on_listening(address: str) -> None:
+        progress.say(f"listening on {address}")
+        if args.json:
+            print(json.dumps({"address": address, "model": model_name, "pid": os.getpid()}), flush=True)
+
+    ended = asyncio.run(
+        serve(
+            make_engine,
+            server_config,
+            model_name=model_name,
+            report=progress.update,
+            say=progress.say,
+            on_listening=on_listening,
+        )
+    )
+    if not ended:  # a compile or a device call holds the engine thread; interpreter shutdown would wait for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from jaxinfer.engine import Engine
+
+    engine = Engine(args.model, config_from(args, EngineConfig), progress=args.progress.update)
+    info = engine.info()
+    args.progress.clear()
+    if args.json:
+        json.dump(info, sys.stdout)
+        print()
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title=str(args.model))
+    for key, value in info.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value))
+    Console().print(table)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from serving.demo import run
+
+    return run(args)
+
+
+# ---- arguments ----
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxinfer", description="Serve open-weight language models with JAX.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common, model = _common(), _model()
+
+    server = subparsers.add_parser(
+        "serve", parents=[model, common], allow_abbrev=False, help="serve a model over gRPC until SIGTERM"
+    )
+    from serving.grpc_server import ServerConfig
+
+    add_config_flags(server, ServerConfig)
+    add_config_flags(server, EngineConfig)
+    server.set_defaults(func=_serve)
+
+    add_generate_parser(subparsers, [model, common])
+    if "bench" in argv:
+        from serving.benchmark import add_bench_parser
+
+        add_bench_parser(subparsers)
+    else:
+        subparsers.add_parser("bench", help="measure latency, throughput and start-up")
+
+    info = subparsers.add_parser(
+        "info", parents=[model, common], allow_abbrev=False, help="print what a model is and how it would run"
+    )
+    add_config_flags(info, EngineConfig)
+    info.set_defaults(func=_info)
+
+    demo = subparsers.add_parser(
+        "demo", parents=[model, common], allow_abbrev=False, help="serve, stream to concurrent clients, print a table"
+    )
+    demo.add_argument("--clients", type=int, default=8, metavar="N", help="concurrent streams (default: 8)")
+    demo.add_argument("--max-tokens", type=int, default=48, metavar="N", help="tokens per stream (default: 48)")
+    demo.set_defaults(func=_demo)
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+    common.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="of stderr (default: warning)")
+    common.add_argument("--debug", action="store_true", help="print the traceback of a failure")
+    return common
+
+
+def _model() -> argparse.ArgumentParser:
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument(
+        "model",
+        nargs="?",
+        default=str(shipped_model()),
+        metavar="MODEL",
+        help="Hugging Face model directory (default: the model that ships with jaxinfer)",
+    )
+    return model
+
+
+def _choose_platform() -> None:
+    """Without a TPU, an installed libtpu would search for one for minutes: leave it out, unless told otherwise."""
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*")):
+        return
+    has_cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu" if has_cuda else "cpu"
+
+
+def _fail(args: argparse.Namespace, message: str, code: int) -> int:
+    args.progress.clear()
+    print(f"jaxinfer {args.command}: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

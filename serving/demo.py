@@ -1,0 +1,150 @@
+"""`jaxinfer demo`: the real server as a process of its own, concurrent clients, and a table of what they got."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.config import ConfigError
+from serving.client import AsyncClient, SamplingParams
+
+PROMPTS = (
+    "def fibonacci(n):\n    ",
+    "class Stack:\n    def __init__(self):\n        ",
+    "import os\nimport sys\n\ndef main():\n    ",
+    "for i in range(10):\n    ",
+    "def read_file(path):\n    with open(path) as f:\n        ",
+    "try:\n    value = int(text)\nexcept ",
+    "class TestCase(unittest.TestCase):\n    def test_",
+    "def __repr__(self):\n    return ",
+)
+READY_S = 300.0
+STOP_S = 60.0
+
+
+@dataclass
+class Stream:
+    """What one client got, and when (seconds since it asked)."""
+
+    prompt: str
+    text: str = ""
+    num_tokens: int = 0
+    num_first_tokens: int = 0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    finish_reason: str = ""
+    first_token_at: float = 0.0  # time.monotonic()
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token after those of the first message."""
+        return (self.total_s - self.ttft_s) / max(1, self.num_tokens - self.num_first_tokens)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the server, stream, print, stop the server; 0 when every stream and the server ended well."""
+    for name in ("clients", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name}={getattr(args, name)} must be at least 1")
+    start = time.monotonic()
+    command = [sys.executable, "-m", "serving.cli", "serve", args.model, "--port", "0", "--json"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the server ended with exit code {server.wait()} before it listened")
+        address = json.loads(line)["address"]
+        streams, ready_s, wall_s = asyncio.run(_drive(address, args.clients, args.max_tokens, start))
+    finally:
+        server.terminate()
+        try:
+            code = server.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise RuntimeError(f"the server did not stop within {STOP_S:g} s of SIGTERM") from None
+    if code:
+        raise RuntimeError(f"the server ended with exit code {code}")
+    summary = {
+        "ready_s": ready_s,
+        "first_token_s": min(s.first_token_at for s in streams) - start,
+        "output_throughput": sum(s.num_tokens for s in streams) / wall_s,
+        "streams": [_as_json(s) for s in streams],
+    }
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        _print(streams, summary)
+    return 0
+
+
+async def _drive(address: str, num_clients: int, max_tokens: int, start: float) -> tuple[list[Stream], float, float]:
+    async with AsyncClient(address) as client:
+        await client.wait_ready(READY_S)
+        ready_s = time.monotonic() - start
+        began = time.monotonic()
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(num_clients)]
+        streams = await asyncio.gather(*(_stream(address, prompt, max_tokens) for prompt in prompts))
+        return list(streams), ready_s, time.monotonic() - began
+
+
+async def _stream(address: str, prompt: str, max_tokens: int) -> Stream:
+    got = Stream(prompt)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.95, seed=1, ignore_eos=True)
+    async with AsyncClient(address) as client:
+        asked = time.monotonic()
+        async for chunk in client.stream(prompt, sampling):
+            now = time.monotonic()
+            if chunk.token_ids and not got.num_tokens:
+                got.ttft_s, got.first_token_at, got.num_first_tokens = now - asked, now, len(chunk.token_ids)
+            got.text += chunk.text
+            got.num_tokens += len(chunk.token_ids)
+            got.total_s = now - asked
+            if chunk.finish_reason is not None:
+                got.finish_reason = chunk.finish_reason.value
+    return got
+
+
+def _as_json(stream: Stream) -> dict[str, Any]:
+    return {
+        "prompt": stream.prompt,
+        "text": stream.text,
+        "num_tokens": stream.num_tokens,
+        "finish_reason": stream.finish_reason,
+        "ttft_ms": 1e3 * stream.ttft_s,
+        "tpot_ms": 1e3 * stream.tpot_s,
+        "total_ms": 1e3 * stream.total_s,
+    }
+
+
+def _print(streams: list[Stream], summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{len(streams)} concurrent GenerateStream calls", show_lines=True)
+    table.add_column("prompt → completion", overflow="fold")
+    for name in ("TTFT ms", "TPOT ms", "total ms", "tokens", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for s in streams:
+        table.add_row(
+            Text(s.prompt, style="dim") + Text(s.text, style="bold"),
+            f"{1e3 * s.ttft_s:.0f}",
+            f"{1e3 * s.tpot_s:.1f}",
+            f"{1e3 * s.total_s:.0f}",
+            str(s.num_tokens),
+            f"{s.num_tokens / s.total_s:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"first token {summary['first_token_s']:.1f} s after the start (ready after {summary['ready_s']:.1f} s); "
+        f"{summary['output_throughput']:.0f} tokens/s over all streams",
+        highlight=False,
+    )

@@ -1,0 +1,206 @@
+"""The gRPC server: its options, its port, its health, and its life from the first byte of weights to the last drain.
+
+Binds loopback addresses only: there is neither TLS nor authentication yet. The port is open while the model loads;
+until it is ready every call answers UNAVAILABLE with RetryInfo and health says NOT_SERVING.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxinfer.config import ConfigError
+from jaxinfer.request import EngineDeadError
+from serving.async_engine import AsyncEngine, NotReadyError, Progress, State
+from serving.health import HealthServicer
+from serving.inference_service import SERVICE_NAME, InferenceServicer
+from serving.protos.jaxinfer.v1 import inference_pb2_grpc
+from serving.tokenizing import TokenizerPool
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+STOP_GRACE_S = 5.0  # for handlers to write what their requests ended with
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How requests reach an engine. The flags of `jaxinfer serve` are generated from these fields."""
+
+    host: str = _flag("127.0.0.1", "loopback address to listen on (others need TLS and authentication)")
+    port: int = _flag(50051, "port to listen on; 0 takes a free one")
+    served_model_name: str | None = _flag(None, "name that requests may ask for (default: the model directory's name)")
+    drain_s: float = _flag(30.0, "after SIGTERM, time for running requests to end, in seconds; then they are aborted")
+    request_timeout_s: float = _flag(600.0, "time limit of calls that bring no deadline, in seconds")
+    max_concurrent_streams: int = _flag(256, "calls that one connection may have open at once")
+    max_message_bytes: int = _flag(4 * 2**20, "largest message taken or sent (at most 16 MiB)")
+    max_prompt_chars: int = _flag(1_000_000, "longest text that is tokenized")
+    max_connection_age_s: float | None = _flag(
+        None, "seconds after which clients are asked to reconnect (default: never)"
+    )
+    tokenizer_threads: int = _flag(2, "threads that tokenize")
+    reflection: bool = _flag(False, "offer gRPC reflection, so that grpcurl needs no .proto")
+
+    def __post_init__(self) -> None:
+        if not _is_loopback(self.host):
+            raise ConfigError(
+                f"host={self.host!r} is not a loopback address; without TLS and authentication only 127.0.0.1, ::1 or "
+                "localhost can be bound (use an SSH tunnel to reach this server from elsewhere)"
+            )
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} must be from 0 to 65535")
+        for name in ("max_concurrent_streams", "max_prompt_chars", "tokenizer_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 1024 <= self.max_message_bytes <= MAX_MESSAGE_BYTES:
+            raise ConfigError(f"max_message_bytes={self.max_message_bytes} must be from 1024 to {MAX_MESSAGE_BYTES}")
+        if not self.drain_s >= 0:
+            raise ConfigError(f"drain_s={self.drain_s} must not be negative")
+        for name in ("request_timeout_s", "max_connection_age_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+
+
+class GrpcServer:
+    """`engine` behind a port. The engine is started and stopped by whoever made it."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, *, model_name: str):
+        self._config = config
+        self._tokenizing = TokenizerPool(
+            num_threads=config.tokenizer_threads,
+            max_prompt_chars=config.max_prompt_chars,
+            max_pending=config.max_concurrent_streams,
+        )
+        self._server = grpc.aio.server(options=_channel_options(config))
+        servicer = InferenceServicer(
+            engine, self._tokenizing, model_name=model_name, request_timeout_s=config.request_timeout_s
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engine, (SERVICE_NAME,)), self._server)
+        if config.reflection:
+            from grpc_reflection.v1alpha import reflection
+
+            health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+            reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), self._server)
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """host:port, as clients want it; the port is known after `start`."""
+        return _join(self._config.host, self.port)
+
+    async def start(self) -> None:
+        """Open the port; ConfigError when it is taken."""
+        wanted = _join(self._config.host, self._config.port)
+        try:
+            self.port = self._server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {wanted} (is the port in use? --port 0 takes a free one): {error}"
+            ) from None
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Close the port; handlers have STOP_GRACE_S to write their last messages."""
+        await self._server.stop(STOP_GRACE_S)
+        self._tokenizing.close()
+
+
+async def serve(
+    make_engine: Callable[[Progress], Engine],
+    config: ServerConfig,
+    *,
+    model_name: str,
+    report: Progress,
+    say: Progress,
+    on_listening: Callable[[str], None],
+) -> bool:
+    """Serve until SIGTERM or SIGINT, drain, and return; a second signal ends the process at once.
+
+    `report` hears of each tensor and program, `say` of what goes on; `on_listening(address)` is called when the port is
+    open, before the model is loaded. Returns False when the engine thread is stuck in a call that does not return:
+    then only leaving the process ends it.
+    Raises ConfigError (port), what loading the model raised, or EngineDeadError when the engine failed later.
+    """
+    engine = AsyncEngine(make_engine, progress=report)
+    server = GrpcServer(engine, config, model_name=model_name)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
+    await server.start()
+    on_listening(server.address)
+    engine.start()
+    watch = asyncio.create_task(_until_dead(engine, lambda: say(f"ready on {server.address}")))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if engine.state is not State.DEAD:
+        say(f"draining: up to {config.drain_s:g} s for running requests")
+        num_aborted = await engine.drain(config.drain_s)
+        say(f"drained; {num_aborted} requests were aborted")
+    watch.cancel()
+    stopped.cancel()
+    ended = await engine.stop()
+    await server.stop()
+    if engine.error is not None:
+        raise engine.error
+    return ended
+
+
+async def _until_dead(engine: AsyncEngine, on_ready: Callable[[], None]) -> None:
+    try:
+        await engine.until_ready()
+        on_ready()
+    except (EngineDeadError, NotReadyError):
+        log.debug("the engine did not become ready: %s", engine.state)
+    while engine.state is not State.DEAD:
+        await engine.next_state(engine.state)
+
+
+def _on_signal(number: int, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        log.warning("second signal: leaving at once")
+        os._exit(128 + number)
+    stop.set()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a coin toss per connection
+    ]
+    if config.max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", round(config.max_connection_age_s * 1000)))
+    return options

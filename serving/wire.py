@@ -1,0 +1,181 @@
+"""Between the proto messages and our own types, both ways, for the server and the clients.
+
+Hides field presence (unset = the dataclass default, never proto's zero) and the names of proto fields in errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxinfer.request import FinishReason, Priority, RequestError, SamplingParams, TokenEvent, TokenLogprobs
+from serving.protos.jaxinfer.v1 import inference_pb2 as pb
+
+MAX_REQUEST_ID_CHARS = 256
+MAX_CACHE_SALT_CHARS = 1024
+
+# SamplingParams fields that are proto scalars of the same name; the others are handled by name below.
+_SCALARS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "n",
+    "include_stop_in_output",
+    "ignore_eos",
+    "logprobs",
+    "top_logprobs",
+    "skip_special_tokens",
+)
+
+_FINISH_TO_PROTO = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+_FINISH_FROM_PROTO = {value: key for key, value in _FINISH_TO_PROTO.items()}
+_PRIORITY_FROM_PROTO = {
+    pb.PRIORITY_UNSPECIFIED: Priority.ONLINE,
+    pb.PRIORITY_ONLINE: Priority.ONLINE,
+    pb.PRIORITY_BATCH: Priority.BATCH,
+}
+
+
+def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    """The settings a client sent over our defaults; RequestError names the field."""
+    values: dict = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    if message.no_max_tokens:
+        if message.HasField("max_tokens"):
+            raise RequestError("sampling.no_max_tokens", f"true excludes max_tokens={message.max_tokens}")
+        values["max_tokens"] = None
+    if message.HasField("allowed_token_ids"):
+        values["allowed_token_ids"] = tuple(message.allowed_token_ids.ids)
+    values["logit_bias"] = dict(message.logit_bias)
+    values["stop"] = tuple(message.stop)
+    values["stop_token_ids"] = tuple(message.stop_token_ids)
+    return SamplingParams(**values)
+
+
+def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    """Every field set, so the server's defaults play no part."""
+    message = pb.SamplingParams(
+        logit_bias=params.logit_bias,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        no_max_tokens=params.max_tokens is None,
+    )
+    for name in _SCALARS:
+        value = getattr(params, name)
+        if value is not None:
+            setattr(message, name, value)
+    if params.allowed_token_ids is not None:
+        message.allowed_token_ids.ids.extend(params.allowed_token_ids)
+        message.allowed_token_ids.SetInParent()
+    return message
+
+
+def priority_from_proto(message: pb.GenerateRequest) -> Priority:
+    """Unset is ONLINE; a number that is no Priority is a RequestError."""
+    if message.priority not in _PRIORITY_FROM_PROTO:
+        raise RequestError("priority", f"{message.priority} is not one of {', '.join(pb.Priority.keys())}")
+    return _PRIORITY_FROM_PROTO[message.priority]
+
+
+def priority_to_proto(priority: Priority) -> pb.Priority:
+    """The proto's number for a Priority."""
+    return pb.PRIORITY_BATCH if priority is Priority.BATCH else pb.PRIORITY_ONLINE
+
+
+def check_names(message: pb.GenerateRequest) -> None:
+    """RequestError when request_id or cache_salt is too long."""
+    for name, limit in (("request_id", MAX_REQUEST_ID_CHARS), ("cache_salt", MAX_CACHE_SALT_CHARS)):
+        if len(getattr(message, name)) > limit:
+            raise RequestError(name, f"{len(getattr(message, name))} characters are over the limit of {limit}")
+
+
+def finish_to_proto(reason: FinishReason | None) -> pb.FinishReason:
+    """The proto's number for a finish reason; None is UNSPECIFIED."""
+    return _FINISH_TO_PROTO[reason]
+
+
+def finish_from_proto(value: int) -> FinishReason | None:
+    """A finish reason, or None while the completion runs; a reason this client does not know is ERROR."""
+    return _FINISH_FROM_PROTO.get(value, FinishReason.ERROR)  # type: ignore[call-overload]
+
+
+def logprobs_to_proto(logprobs: Sequence[TokenLogprobs] | None) -> list[pb.TokenLogprobs]:
+    """One message per token."""
+    return [
+        pb.TokenLogprobs(logprob=item.logprob, top=[pb.TokenLogprob(token_id=t, logprob=v) for t, v in item.top])
+        for item in logprobs or ()
+    ]
+
+
+def logprobs_from_proto(messages: Sequence[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...] | None:
+    """One entry per token; None when the server sent none."""
+    return tuple(TokenLogprobs(m.logprob, tuple((t.token_id, t.logprob) for t in m.top)) for m in messages) or None
+
+
+def chunk_to_proto(request_id: str, event: TokenEvent) -> pb.GenerateStreamResponse:
+    """A stream message without `prompt` and `usage`, which only the first and the last have."""
+    return pb.GenerateStreamResponse(
+        request_id=request_id,
+        index=event.index,
+        token_ids=event.token_ids,
+        text=event.text,
+        logprobs=logprobs_to_proto(event.logprobs),
+        finish_reason=finish_to_proto(event.finish_reason),
+        error=event.error or "",
+    )
+
+
+class Tally:
+    """Counts the events of one request, for usage and for the end of its n completions."""
+
+    def __init__(self, num_completions: int):
+        self._num_open = num_completions
+        self._num_generated: dict[int, int] = {}
+        self._num_prompt = 0
+        self._num_cached = 0
+        self._errors: list[str] = []
+        self._num_completions = num_completions
+
+    def count(self, event: TokenEvent) -> None:
+        """Take one event into account."""
+        self._num_prompt = event.num_prompt_tokens
+        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        self._num_generated[event.index] = event.num_generated_tokens
+        self._num_open -= event.finish_reason is not None
+        if event.finish_reason is FinishReason.ERROR:
+            self._errors.append(event.error or "the completion failed")
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has finished."""
+        return self._num_open == 0
+
+    @property
+    def failure(self) -> str | None:
+        """The first error, when every completion ended with one."""
+        return self._errors[0] if len(self._errors) == self._num_completions else None
+
+    def prompt(self) -> pb.PromptInfo:
+        """What is known of the prompt."""
+        return pb.PromptInfo(num_tokens=self._num_prompt, num_cached_tokens=self._num_cached)
+
+    def usage(self) -> pb.Usage:
+        """Tokens so far; completion tokens of all completions together."""
+        generated = sum(self._num_generated.values())
+        return pb.Usage(
+            prompt_tokens=self._num_prompt,
+            completion_tokens=generated,
+            total_tokens=self._num_prompt + generated,
+            cached_tokens=self._num_cached,
+        )

@@ -1,0 +1,117 @@
+"""The commands, in this process: what they print and what they return."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from serving import cli
+
+MODEL = Path(__file__).parents[1] / "goldens" / "llama"
+SMALL = ["--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--max-model-len", "64"]
+
+
+def _json(capfd, *arguments: str) -> dict:
+    """The one document that a command prints."""
+    assert cli.main([*arguments, *SMALL, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_generate_prints_one_document(capfd):
+    document = _json(
+        capfd,
+        *("generate", str(MODEL), "--token-ids", "1,2,3", "--token-ids", "9"),
+        *("--max-tokens", "5", "--temperature", "0", "--ignore-eos"),
+    )
+    assert [len(output["token_ids"]) for output in document["outputs"]] == [5, 5]
+    for i, output in enumerate(document["outputs"]):
+        assert (output["prompt_index"], output["index"], output["finish_reason"]) == (i, 0, "length")
+        assert output["text"] is None and output["logprobs"] is None
+    assert document["usage"] == {"prompt_tokens": 4, "completion_tokens": 10, "total_tokens": 14}
+
+
+def test_generate_with_n_and_logprobs(capfd):
+    document = _json(
+        capfd,
+        *("generate", str(MODEL), "--token-ids", "1,2", "--token-ids", "3", "--n", "2", "--seed", "5"),
+        *("--max-tokens", "4", "--logprobs", "--top-logprobs", "2", "--ignore-eos"),
+    )
+    outputs = document["outputs"]
+    assert [(o["prompt_index"], o["index"]) for o in outputs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for output in outputs:
+        assert [item["token_id"] for item in output["logprobs"]] == output["token_ids"]
+        assert all(len(item["top"]) == 2 and item["logprob"] <= 0 for item in output["logprobs"])
+    assert document["usage"]["completion_tokens"] == 16
+
+
+def test_generate_takes_text_and_ids_for_the_shipped_model(capfd):
+    document = _json(
+        capfd,
+        *("generate", "--prompt", "def add(a, b):\n    return", "--token-ids", "5,6", "--prompt", "import "),
+        *("--max-tokens", "6", "--temperature", "0"),
+    )
+    assert [o["prompt_index"] for o in document["outputs"]] == [0, 1, 2]
+    assert all(isinstance(o["text"], str) for o in document["outputs"])
+    assert document["outputs"][0]["text"]
+
+
+def test_generate_prints_text_for_people(capfd):
+    arguments = ["generate", str(MODEL), "--token-ids", "1,2,3", "--max-tokens", "3", "--ignore-eos", *SMALL]
+    assert cli.main(arguments) == 0
+    out = capfd.readouterr().out
+    assert "[1, 2, 3]" in out and "length" in out
+
+
+def test_info_prints_one_document(capfd):
+    info = _json(capfd, "info", str(MODEL))
+    assert (info["model"], info["dtype"], info["max_model_len"]) == ("llama", "float32", 64)
+    assert cli.main(["info", str(MODEL), *SMALL]) == 0
+    assert "max_model_len" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["serve", str(MODEL), "--host", "0.0.0.0"], "not a loopback address"),
+        (["serve", "/no/such/model"], "'/no/such/model' does not exist"),
+        (["serve", str(MODEL), "--dtype", "int3"], "choose from"),
+        (["serve", str(MODEL), "--page-size", "0"], "page_size=0"),
+        (["generate", str(MODEL)], "--prompt or --token-ids"),
+        (["generate", str(MODEL), "--token-ids", "1,x"], "'1,x' is not a list of token ids"),
+        (["generate", str(MODEL), "--token-ids", "1", "--top-p", "0"], "top_p"),
+        (["generate", str(MODEL), "--token-ids", "1", "--logit-bias", "3"], "ID=BIAS"),
+        (["generate", str(MODEL), "--token-ids", "1", "--max-tokens", "few"], "'few' is neither"),
+        (["generate", str(MODEL), "--prompt", "text"], "no tokenizer"),
+        (["generate", str(MODEL), "--token-ids", "999999"], "outside the vocabulary"),
+        (["demo", "--clients", "0"], "clients=0"),
+        (["frobnicate"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_are_told_in_a_line(arguments, part, capfd):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exit:  # argparse found it
+        code = exit.code
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, "")
+    assert part in err and "Traceback" not in err
+
+
+def test_a_directory_that_is_no_model_fails(capfd, tmp_path):
+    assert cli.main(["generate", str(tmp_path), "--token-ids", "1"]) in (1, 2)
+    out, err = capfd.readouterr()
+    assert out == "" and "config.json" in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(Exception, match=r"config\.json"):
+        cli.main(["generate", str(tmp_path), "--token-ids", "1", "--debug"])
+
+
+def test_a_taken_port_is_told(capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert cli.main(["serve", str(MODEL), "--port", str(taken.getsockname()[1])]) == 2
+    assert "port in use" in capfd.readouterr().err

@@ -203,7 +203,7 @@ class Drivers:
         drawn = sampling.sample(
             logits,
             first(slots.sampling),
-            first(slots.counts),
+            slots.counts,
             slots.allowed[:n],
             stop_ids,
             position,

@@ -70,11 +70,7 @@ WEIGHT_DECAY = 0.05  # of projections, per unit of learning rate
 MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
 EVAL_CONTEXT = 512
 NUM_EVAL_WINDOWS = 24
-SAMPLE_PROMPTS = (
-    "def read_json(path):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\nimport sys\n\n\ndef main(",
-)
+SAMPLE_PROMPTS = ("def read_json(path):", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n\ndef main(")
 NUM_SAMPLE_TOKENS = 64
 
 
@@ -463,13 +459,10 @@ def draw_curve(path: Path, rows: list[dict[str, float]]) -> None:
 
 def complete(trainer: Trainer, prompt: str) -> str:
     """Greedy continuation, recomputing the whole text for each token: slow, but it needs no cache."""
-    next_token = jax.jit(lambda params, tokens, last: jnp.argmax(trainer.model(params, tokens)[0, last]))
     tokens = [END_OF_TEXT_ID, *trainer.tokenizer.encode(prompt, add_special_tokens=False).ids]
-    first, length = len(tokens), len(tokens) + NUM_SAMPLE_TOKENS
-    padded = np.zeros((1, length), np.int32)
-    while len(tokens) < length:
-        padded[0, : len(tokens)] = tokens
-        token = int(next_token(trainer.run.params, padded, len(tokens) - 1))
+    first = len(tokens)
+    while len(tokens) < first + NUM_SAMPLE_TOKENS:
+        token = trainer.next_token(tokens)
         if token == END_OF_TEXT_ID:
             break
         tokens.append(token)
@@ -632,6 +625,7 @@ class Trainer:
         self.clock = StepClock()
         self._update = jax.jit(self._update_eagerly, donate_argnums=(0, 1))
         self._losses = jax.jit(self.model.losses)
+        self._best = jax.jit(lambda params, tokens, last: jnp.argmax(self.model(params, tokens)[0, last]))
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.checkpoints = ocp.CheckpointManager((work_dir / "checkpoints").resolve(), options=options)
 
@@ -672,6 +666,12 @@ class Trainer:
             windows = stream[np.resize(starts, batch)[:, None] + np.arange(EVAL_CONTEXT + 1)].astype(np.int32)
             total += float(self._losses(self.run.params, windows)[: len(starts)].sum())
         return total / (len(chosen) * EVAL_CONTEXT)
+
+    def next_token(self, tokens: list[int]) -> int:
+        """The likeliest token after `tokens`."""
+        padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few lengths, so few compilations
+        padded[0, : len(tokens)] = tokens
+        return int(self._best(self.run.params, padded, len(tokens) - 1))
 
     def save(self) -> None:
         if self.checkpoints.latest_step() != self.run.step:

@@ -54,6 +54,7 @@ class NotReadyError(RuntimeError):
 class TokenStream(AsyncIterator[TokenEvent]):
     """The events of one submitted request; ends when every completion has finished.
 
+    A reader that falls behind gets one event per completion for all that came meanwhile, so nothing piles up.
     Leaving early (`close`, the end of `async with`, cancelling the task that waits for the next event) aborts the
     request. Raises QueueFullError, RequestError or EngineDeadError where the events would have come.
     """
@@ -62,7 +63,8 @@ class TokenStream(AsyncIterator[TokenEvent]):
         self.request_id = request.request_id
         self._abort = abort
         self._num_open = request.sampling.n
-        self._pending: deque[TokenEvent | Exception] = deque()
+        self._pending: dict[int, list[TokenEvent]] = {}  # by completion, in order of arrival
+        self._error: Exception | None = None
         self._arrived = asyncio.Event()
         self._closed = False
 
@@ -92,6 +94,8 @@ class TokenStream(AsyncIterator[TokenEvent]):
 
     async def __anext__(self) -> TokenEvent:
         while not self._pending:
+            if self._error is not None and not self._closed:
+                raise self._error
             if self._closed or self.finished:
                 raise StopAsyncIteration
             self._arrived.clear()
@@ -100,20 +104,17 @@ class TokenStream(AsyncIterator[TokenEvent]):
             except asyncio.CancelledError:
                 self.close()
                 raise
-        item = self._pending.popleft()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        return _merge(self._pending.pop(next(iter(self._pending))))
 
     def put(self, item: TokenEvent | Exception) -> None:
         """Take one event, or the error that ends the request."""
         if isinstance(item, Exception):
-            self._num_open = 0
-        elif item.finish_reason is not None:
-            self._num_open -= 1
-        if not self._closed:
-            self._pending.append(item)
-            self._arrived.set()
+            self._num_open, self._error = 0, item
+        else:
+            self._num_open -= item.finish_reason is not None
+            if not self._closed:
+                self._pending.setdefault(item.index, []).append(item)
+        self._arrived.set()
 
 
 class AsyncEngine:
@@ -335,6 +336,19 @@ class AsyncEngine:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
+
+
+def _merge(events: list[TokenEvent]) -> TokenEvent:
+    """One event that says what these consecutive events of a completion say."""
+    if len(events) == 1:
+        return events[0]
+    logprobs = [item for event in events for item in event.logprobs or ()]
+    return dataclasses.replace(
+        events[-1],
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        text="".join(event.text for event in events),
+        logprobs=tuple(logprobs) if any(event.logprobs is not None for event in events) else None,
+    )
 
 
 def _outcome(function: Callable[[Any], Any], engine: Any) -> tuple[Any, Exception | None]:

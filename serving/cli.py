@@ -180,6 +180,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     demo.add_argument("--clients", type=int, default=8, metavar="N", help="concurrent streams (default: 8)")
     demo.add_argument("--max-tokens", type=int, default=48, metavar="N", help="tokens per stream (default: 48)")
+    # Prompts are short and eight at most: few, small programs, so that the first token comes soon.
+    add_config_flags(demo, EngineConfig, max_num_seqs=8, max_num_batched_tokens=128, min_prefill_bucket=128)
     demo.set_defaults(func=_demo)
     return parser
 

@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.config import ConfigError
+from jaxinfer.config import ConfigError, EngineConfig
 from serving.client import AsyncClient, SamplingParams
+from serving.flags import arguments_from, config_from
 
 PROMPTS = (
     "def fibonacci(n):\n    ",
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise ConfigError(f"{name}={getattr(args, name)} must be at least 1")
     start = time.monotonic()
-    command = [sys.executable, "-m", "serving.cli", "serve", args.model, "--port", "0", "--json"]
+    flags = arguments_from(config_from(args, EngineConfig))
+    command = [sys.executable, "-m", "serving.cli", "serve", args.model, "--port", "0", "--json", *flags]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

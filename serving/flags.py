@@ -17,22 +17,27 @@ from jaxinfer.config import flag_fields
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config_class: type, skip: Collection[str] = ()) -> None:
+def add_config_flags(
+    parser: argparse.ArgumentParser, config_class: type, skip: Collection[str] = (), **defaults: Any
+) -> None:
     """Add one flag per field of `config_class` that has help text, except the fields named in `skip`.
+
+    `defaults` replace the dataclass's own.
 
     A value that does not parse, or is not one of the field's choices, ends the program with exit code 2 and a message
     that names the value and the choices (argparse's own behaviour).
     """
     names = {f.name for f in flag_fields(config_class)}
-    for name in skip:
+    for name in (*skip, *defaults):
         if name not in names:
-            raise ValueError(f"skip={name!r} is no flag of {config_class.__name__}: {', '.join(sorted(names))}")
+            raise ValueError(f"{name!r} is no flag of {config_class.__name__}: {', '.join(sorted(names))}")
     types_of = typing.get_type_hints(config_class)
     group = parser.add_argument_group(f"{config_class.__name__} options")
     for spec in flag_fields(config_class):
         if spec.name not in skip:
             choices = spec.metadata.get("choices")
-            add_flag(group, spec.name, types_of[spec.name], spec.default, spec.metadata["help"], choices)
+            default = defaults.get(spec.name, spec.default)
+            add_flag(group, spec.name, types_of[spec.name], default, spec.metadata["help"], choices)
 
 
 def config_from[Config](
@@ -45,6 +50,21 @@ def config_from[Config](
     names = {f.name for f in flag_fields(config_class)} - set(skip)
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return config_class(**{**values, **overrides})
+
+
+def arguments_from(config: Any) -> list[str]:
+    """The command-line arguments that give this config dataclass again, where it differs from the defaults."""
+    arguments = []
+    for spec in flag_fields(type(config)):
+        value = getattr(config, spec.name)
+        flag = spec.name.replace("_", "-")
+        if value == spec.default:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments.append(f"--{flag}={value}")
+    return arguments
 
 
 def add_flag(

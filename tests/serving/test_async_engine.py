@@ -41,7 +41,8 @@ async def test_events_arrive_in_order_and_the_stream_ends(fakes):
         request = _request(5, 6, max_tokens=6)
         events = [event async for event in async_engine.submit(request)]
     assert [t for e in events for t in e.token_ids] == fakes.expected_tokens(request, 0, 6)
-    assert [e.finish_reason for e in events] == [None] * 5 + [FinishReason.LENGTH]
+    assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + [FinishReason.LENGTH]
+    assert events[-1].num_generated_tokens == 6
     assert engine.closed.is_set()
 
 
@@ -61,6 +62,20 @@ async def test_n_completions_end_together(fakes):
         async for event in async_engine.submit(request):
             tokens[event.index].extend(event.token_ids)
     assert tokens == {i: fakes.expected_tokens(request, i, 2) for i in range(3)}
+
+
+async def test_a_reader_that_falls_behind_gets_one_event_per_completion(fakes):
+    async with _running(fakes.Engine()) as async_engine:
+        request = _request(n=2, max_tokens=5, logprobs=True)
+        stream = async_engine.submit(request)
+        await _until(lambda: stream.finished)
+        events = [event async for event in stream]
+    assert [event.index for event in events] == [0, 1]
+    for index, event in enumerate(events):
+        assert list(event.token_ids) == fakes.expected_tokens(request, index, 5)
+        assert event.text == "".join(map(chr, event.token_ids))
+        assert len(event.logprobs) == 5
+        assert (event.finish_reason, event.num_generated_tokens) == (FinishReason.LENGTH, 5)
 
 
 async def test_one_call_into_the_loop_per_step(fakes, monkeypatch):

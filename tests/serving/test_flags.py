@@ -12,7 +12,7 @@ import pytest
 from jaxinfer.config import EngineConfig, flag_fields
 from jaxinfer.request import SamplingParams
 from serving import generate
-from serving.flags import add_config_flags, config_from
+from serving.flags import add_config_flags, arguments_from, config_from
 from serving.grpc_server import ServerConfig
 
 
@@ -79,6 +79,18 @@ def test_bad_values_are_named_and_exit_with_2(arguments, parts, capsys):
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert all(part in message for part in parts)
+
+
+def test_other_defaults_are_shown_and_taken():
+    parser = _parser(count=21)
+    assert "(default: 21)" in " ".join(parser.format_help().split())
+    assert config_from(parser.parse_args([]), Config) == Config(count=21)
+
+
+@pytest.mark.parametrize("config", [Config(), Config(5, -2.5, "b", False, 9, "--x y")])
+def test_arguments_give_the_config_again(config):
+    assert config_from(_parser().parse_args(arguments_from(config)), Config) == config
+    assert arguments_from(Config()) == []
 
 
 def test_skipped_fields_take_overrides_or_defaults():

@@ -21,7 +21,7 @@ from jaxinfer import sampling
 from jaxinfer.config import EngineConfig, ModelConfig, PageGroup, page_groups
 from jaxinfer.plan import Admission, Plan
 from jaxinfer.request import MAX_STOP_TOKEN_IDS
-from jaxinfer.sampling import SamplingArrays, TokenCounts
+from jaxinfer.sampling import TokenCounts
 from jaxinfer.scheduler import max_cells_per_plan
 from pallas_kernels import attention
 from pallas_kernels.attention import KVSpec, LayerKV
@@ -52,7 +52,7 @@ class SlotState:
     kv_rows: tuple[jax.Array, ...]  # i32[slots] K/V rows held, per page group
     page_table: tuple[jax.Array, ...]  # i32[slots, pages_per_seq] per page group
     num_prompt: jax.Array  # i32[slots]: how many of the tokens are the prompt
-    sampling: SamplingArrays
+    sampling: jax.Array  # i32[slots, ROW_WORDS]: packed settings; one array, for each costs microseconds per call
     counts: TokenCounts
     allowed: jax.Array  # u32[slots, ceil(vocab / 32)]: bit set = the token may be sampled
     remaining: jax.Array  # i32[slots]: tokens it may still generate
@@ -123,7 +123,7 @@ def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> Dev
         kv_rows=tuple(ints(limits.slots) for _ in groups),
         page_table=tuple(ints((limits.slots, limits.pages_per_seq)) for _ in groups),
         num_prompt=ints(limits.slots),
-        sampling=sampling.empty_arrays(limits.slots),
+        sampling=sampling.empty_rows(limits.slots),
         counts=sampling.empty_counts(limits.slots, limits.vocab_size),
         allowed=jnp.full((limits.slots, limits.mask_words), 0xFFFFFFFF, jnp.uint32),
         remaining=ints(limits.slots),

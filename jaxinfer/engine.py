@@ -52,7 +52,8 @@ class EngineStats:
     prompt_tokens: int
     cached_prompt_tokens: int  # of these, whose K/V came from the prefix cache
     generation_tokens: int
-    host_us_per_loop: float  # median host time of step() outside waiting for the device
+    host_us_per_loop: float  # median processor time that step() takes on its thread
+    host_wall_us_per_loop: float  # the same by the clock, without waiting for the device: on a CPU both share cores
     step_time_s: float  # recent time of one decode step
     pages_total: tuple[int, ...]  # per page group, without the trash page
     pages_used: tuple[int, ...]
@@ -113,7 +114,7 @@ class Engine:
         self._counters = dict.fromkeys(("calls", "failed", "prompt", "cached", "generated"), 0)
         self._step_time_s = 0.0
         self._last_ready_s = 0.0
-        self._host_s: list[float] = []
+        self._host_s: list[tuple[float, float]] = []  # per step: processor time, clock time
 
     # ---- requests
 
@@ -167,7 +168,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Plan and dispatch the next device call, then read the one before it."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         waited = 0.0
         plan = self._scheduler.plan(max_steps=self._loop_length())
         flight, failure = None, None
@@ -194,7 +195,7 @@ class Engine:
             events += self._ended
             self._ended = []
         if last is not None or plan is not None:
-            self._host_s.append(time.perf_counter() - start - waited)
+            self._host_s.append((time.thread_time() - cpu_start, time.perf_counter() - start - waited))
             if len(self._host_s) > 4096:
                 del self._host_s[:2048]
         return events
@@ -296,6 +297,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         usage = self._cache.usage()
+        cpu_s, wall_s = np.median(self._host_s, axis=0) if self._host_s else (0.0, 0.0)
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -306,7 +308,8 @@ class Engine:
             prompt_tokens=self._counters["prompt"],
             cached_prompt_tokens=self._counters["cached"],
             generation_tokens=self._counters["generated"],
-            host_us_per_loop=1e6 * float(np.median(self._host_s)) if self._host_s else 0.0,
+            host_us_per_loop=1e6 * float(cpu_s),
+            host_wall_us_per_loop=1e6 * float(wall_s),
             step_time_s=self._step_time_s,
             pages_total=tuple(pages - 1 for pages in self.num_pages),
             pages_used=tuple(u.used for u in usage),

@@ -107,15 +107,10 @@ def unpack_rows(words: jax.Array) -> SamplingArrays:
     return SamplingArrays(**fields)
 
 
-def empty_arrays(num_slots: int) -> SamplingArrays:
-    """Greedy rows for `num_slots` slots."""
+def empty_rows(num_slots: int) -> jax.Array:
+    """Packed greedy rows for `num_slots` slots, i32[slots, ROW_WORDS]."""
     row = pack_row(SamplingParams(temperature=0.0), seed=0)
-    return unpack_rows(jnp.tile(jnp.asarray(row), (num_slots, 1)))
-
-
-def set_rows(arrays: SamplingArrays, slots: jax.Array, words: jax.Array) -> SamplingArrays:
-    """Rows words i32[rows, ROW_WORDS] replace those of slots i32[rows]; a slot past the last is dropped (padding)."""
-    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), arrays, unpack_rows(words))
+    return jnp.tile(jnp.asarray(row), (num_slots, 1))
 
 
 def allowed_words(params: SamplingParams, vocab_size: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -197,12 +196,11 @@ class Drivers:
     ) -> tuple[SlotState, Trace]:
         """Sample a token for each active slot, append it to the slot's history, and see which slots end."""
         n = active.shape[0]
-        first = partial(jax.tree.map, lambda x: x[:n])
         position = slots.num_tokens[:n]
         stop_ids = slots.stop_ids[:n]
         drawn = sampling.sample(
             logits,
-            first(slots.sampling),
+            sampling.unpack_rows(slots.sampling[:n]),
             slots.counts,
             slots.allowed[:n],
             stop_ids,
@@ -323,7 +321,7 @@ def _admit(slots: SlotState, edits: dict[str, jax.Array]) -> SlotState:
         kv_rows=tuple(put(rows, edits["kv_rows"]) for rows in slots.kv_rows),
         page_table=tuple(put(table, edits["page_table"][:, g]) for g, table in enumerate(slots.page_table)),
         num_prompt=put(slots.num_prompt, edits["num_prompt"]),
-        sampling=sampling.set_rows(slots.sampling, at, edits["sampling"]),
+        sampling=put(slots.sampling, edits["sampling"]),
         counts=sampling.reset_counts(
             slots.counts, edits["count_slot"], edits["tokens"], edits["num_prompt"], edits["num_tokens"]
         ),

@@ -72,6 +72,7 @@ EVAL_CONTEXT = 512
 NUM_EVAL_WINDOWS = 24
 SAMPLE_PROMPTS = ("def read_json(path):", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n\ndef main(")
 NUM_SAMPLE_TOKENS = 64
+SAMPLE_TEMPERATURE = 0.6
 
 
 class UsageError(ValueError):
@@ -416,8 +417,8 @@ def tokenizer_config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def export(out: Path, trainer: Trainer, nats: float) -> None:
-    """Write the Hugging Face directory; every file appears whole or not at all."""
+def export(out: Path, trainer: Trainer) -> float:
+    """Write the Hugging Face directory, every file whole or not at all; returns the held-out loss in nats."""
     out.mkdir(parents=True, exist_ok=True)
     special = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID, "pad_token_id": END_OF_TEXT_ID}
     weights = {name: np.asarray(array.astype(jnp.bfloat16)) for name, array in trainer.run.params.items()}
@@ -428,7 +429,9 @@ def export(out: Path, trainer: Trainer, nats: float) -> None:
     write(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     write(out / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
     write(out / "learning_curve.png", lambda path: draw_curve(path, trainer.history.read()))
+    nats = trainer.held_out_nats(None)
     write(out / "README.md", lambda path: path.write_text(model_card(trainer, nats), "utf-8"))
+    return nats
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
@@ -458,7 +461,7 @@ def draw_curve(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def complete(trainer: Trainer, prompt: str) -> str:
-    """Greedy continuation, recomputing the whole text for each token: slow, but it needs no cache."""
+    """A continuation, recomputing the whole text for each token: slow, but it needs no cache."""
     tokens = [END_OF_TEXT_ID, *trainer.tokenizer.encode(prompt, add_special_tokens=False).ids]
     first = len(tokens)
     while len(tokens) < first + NUM_SAMPLE_TOKENS:
@@ -489,6 +492,11 @@ def model_card(trainer: Trainer, nats: float) -> str:
         steps=f"{run.step:,}",
         batch_tokens=f"{trainer.batch_tokens:,}",
         minutes=f"{run.elapsed_s / 60:.0f}",
+        ended=""
+        if trainer.ended_at >= 1.0
+        else f" The run was ended early, at {100 * trainer.ended_at:.0f} % of its schedule.",
+        temperature=SAMPLE_TEMPERATURE,
+        prompts=", ".join(f"`{json.dumps(prompt)}`" for prompt in SAMPLE_PROMPTS),
         adam_lr=ADAM_LR,
         decay=WEIGHT_DECAY,
         clip=CLIP_NORM,
@@ -547,7 +555,7 @@ Data: the `*.py` files of CPython {python}'s standard library, without tests, id
 {seen} M tokens ({passes} passes), {steps} steps of {batch_tokens} tokens, {minutes} minutes on a shared CPU. Muon for
 the projections (peak learning rate {muon_lr}, weight decay {decay}), Adam for embedding and norms ({adam_lr}), gradient
 clip {clip}, short warmup, then cosine on elapsed time. Context length by progress: {phases}. bfloat16 arithmetic,
-float32 parameters.
+float32 parameters.{ended}
 
 Held-out, whole set, context {context}, weights as shipped:
 
@@ -559,7 +567,7 @@ Held-out, whole set, context {context}, weights as shipped:
 
 ## Samples
 
-Greedy, after `<|endoftext|>`; the first lines are the prompt.
+At temperature {temperature}, after `<|endoftext|>`. The prompts are {prompts}.
 
 {samples}
 
@@ -625,7 +633,13 @@ class Trainer:
         self.clock = StepClock()
         self._update = jax.jit(self._update_eagerly, donate_argnums=(0, 1))
         self._losses = jax.jit(self.model.losses)
-        self._best = jax.jit(lambda params, tokens, last: jnp.argmax(self.model(params, tokens)[0, last]))
+        self.ended_at = 1.0  # share of the schedule
+        self._sample = jax.jit(
+            lambda params, tokens, last: jax.random.categorical(
+                jax.random.fold_in(jax.random.key(args.seed), last),
+                self.model(params, tokens)[0, last] / SAMPLE_TEMPERATURE,
+            )
+        )
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.checkpoints = ocp.CheckpointManager((work_dir / "checkpoints").resolve(), options=options)
 
@@ -668,10 +682,10 @@ class Trainer:
         return total / (len(chosen) * EVAL_CONTEXT)
 
     def next_token(self, tokens: list[int]) -> int:
-        """The likeliest token after `tokens`."""
+        """A likely token after `tokens`, the same in every call."""
         padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few lengths, so few compilations
         padded[0, : len(tokens)] = tokens
-        return int(self._best(self.run.params, padded, len(tokens) - 1))
+        return int(self._sample(self.run.params, padded, len(tokens) - 1))
 
     def save(self) -> None:
         if self.checkpoints.latest_step() != self.run.step:
@@ -699,9 +713,12 @@ def train(args: argparse.Namespace) -> None:
     if trainer.resume():
         console.print(f"continuing from step {trainer.run.step}, {trainer.run.elapsed_s / 60:.1f} min of training")
     loop(trainer, args, signals, console)
+    trainer.ended_at = min(1.0, progress_of(trainer.run, args))
+    if trainer.run.step == 0:
+        console.print("stopped before the first step; nothing exported")
+        return
     trainer.save()
-    nats = trainer.held_out_nats(None)
-    export(out, trainer, nats)
+    nats = export(out, trainer)
     trainer.checkpoints.close()
     seen = f"step {trainer.run.step}, {trainer.run.num_tokens / 1e6:.2f} M tokens"
     console.print(f"exported to {args.out}: {seen}, held-out perplexity {math.exp(nats):.1f}", soft_wrap=True)
@@ -728,7 +745,7 @@ def loop(trainer: Trainer, args: argparse.Namespace, signals: list[int], console
                 trainer.save()
                 save_timer.done()
             if export_timer.due():
-                export(Path(args.out), trainer, trainer.held_out_nats(NUM_EVAL_WINDOWS))
+                export(Path(args.out), trainer)
                 export_timer.done()
 
 

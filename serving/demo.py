@@ -15,15 +15,15 @@ from jaxinfer.config import ConfigError, EngineConfig
 from serving.client import AsyncClient, SamplingParams
 from serving.flags import arguments_from, config_from
 
-PROMPTS = (
-    "def fibonacci(n):\n    ",
-    "class Stack:\n    def __init__(self):\n        ",
-    "import os\nimport sys\n\ndef main():\n    ",
-    "for i in range(10):\n    ",
-    "def read_file(path):\n    with open(path) as f:\n        ",
-    "try:\n    value = int(text)\nexcept ",
+PROMPTS = (  # none ends in white space, which the tokenizer would have joined with what follows
+    "def fibonacci(n):",
+    "class Stack:\n    def __init__(self):",
+    "import os\nimport sys\n\ndef main():",
+    "for i in range(10):",
+    "def read_file(path):\n    with open(path) as f:",
+    "try:\n    value = int(text)\nexcept",
     "class TestCase(unittest.TestCase):\n    def test_",
-    "def __repr__(self):\n    return ",
+    "def __repr__(self):\n    return",
 )
 READY_S = 300.0
 STOP_S = 60.0

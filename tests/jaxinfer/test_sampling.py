@@ -16,12 +16,11 @@ from jaxinfer.sampling import (
     SampleResult,
     TokenCounts,
     allowed_words,
-    empty_arrays,
     empty_counts,
+    empty_rows,
     pack_row,
     reset_counts,
     sample,
-    set_rows,
     unpack_rows,
     update_counts,
     uses_penalties,
@@ -493,7 +492,7 @@ def test_top_logprobs_of_a_tiny_vocabulary_are_padded() -> None:
 
 def test_rows_pack_and_unpack() -> None:
     p = SamplingParams(**{**FULL, "min_tokens": 4, "allowed_token_ids": (1, 2)})
-    arrays = set_rows(empty_arrays(3), jnp.array([2, 3]), jnp.asarray(np.stack([pack_row(p, 2**62 + 5)] * 2)))
+    arrays = unpack_rows(empty_rows(3).at[2].set(pack_row(p, 2**62 + 5)))
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert getattr(arrays, name)[2] == np.float32(getattr(p, name))
     for name in ("top_k", "min_tokens", "top_logprobs"):

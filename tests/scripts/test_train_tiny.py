@@ -71,6 +71,7 @@ def wait_for_checkpoint(process: subprocess.Popen, work_dir: Path) -> int:
     raise AssertionError(f"no checkpoint; the script wrote: {process.communicate(timeout=10)[0]}")
 
 
+@pytest.mark.timeout(600)  # 30 s on two idle cores
 def test_killed_resumed_and_ended_early(tmp_path):
     first = start(tmp_path)
     try:

@@ -45,7 +45,7 @@ import asyncio, os, sys
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 from serving.grpc_server import ServerConfig, serve
-engine = FakeEngine(slots=4, max_model_len=1 << 30, pace_s=0.0005)
+engine = FakeEngine(slots=4, max_model_len=1 << 30, pace_s=0.004)
 if sys.argv[3] == "loading":
     engine.warm.clear()
 if sys.argv[3] == "dying":
@@ -53,7 +53,7 @@ if sys.argv[3] == "dying":
 config = ServerConfig(port=0, drain_s=float(sys.argv[2]))
 options = {"report": str, "say": str, "on_listening": lambda address: print(address, flush=True)}
 ended = asyncio.run(serve(lambda report: engine, config, model_name="fake", **options))
-assert ended is (sys.argv[3] != "loading")
+assert ended or sys.argv[3] == "loading"
 os._exit(0)
 """
 
@@ -143,7 +143,7 @@ def test_the_real_server_answers_strangers_and_drains_under_load(tmp_path):
 
 @pytest.mark.parametrize("drain_s", [60, 0])
 def test_sigterm_under_load_loses_nothing(drain_s):
-    max_tokens = 300 if drain_s else 1_000_000
+    max_tokens = 60 if drain_s else 1_000_000
     with _server(_fake(drain_s)) as (process, line):
         outcomes, late = asyncio.run(_load_and_sigterm(process, line.strip(), max_tokens))
         code, _, err = _end(process)

@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxinfer.cache import CacheManager
 from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.plan import StepResult
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.scheduler import Scheduler, StepResult
+from jaxinfer.scheduler import Scheduler
 
 PAGE_SIZE = 32
 

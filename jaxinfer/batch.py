@@ -22,7 +22,7 @@ from jaxinfer.config import EngineConfig, ModelConfig, PageGroup, page_groups
 from jaxinfer.plan import Admission, Plan
 from jaxinfer.request import MAX_STOP_TOKEN_IDS
 from jaxinfer.sampling import TokenCounts
-from jaxinfer.scheduler import max_cells_per_plan
+from jaxinfer.slots import max_cells_per_plan
 from pallas_kernels import attention
 from pallas_kernels.attention import KVSpec, LayerKV
 

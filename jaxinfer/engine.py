@@ -6,6 +6,7 @@ dispatched. It hides recovery: a failed call costs time (state reallocated, sequ
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -286,6 +287,8 @@ class Engine:
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile the declared programs; from then on a compile is a counted, logged event."""
         self._programs.warm_up(progress)
+        gc.collect()
+        gc.freeze()  # what lives now lives long; collections in the loop need not walk it (up to 20 ms each)
 
     def check(self) -> None:
         """AssertionError when a page or slot leaked. Call it when idle."""

@@ -1,7 +1,7 @@
 """Scheduler: what the next device call does, planned while earlier calls still run.
 
-Hides admission, slots, the token budget, chunked prefill, page reservation and preemption. The host knows a running
-sequence's length only up to the calls in flight, so pages are reserved for the most they can write; `apply` tells.
+Hides the token budget, chunked prefill, the order of admission, and what calls in flight may yet do: the host knows a
+running sequence's length only up to them, until `apply` tells. Slots, pages and preemption are in running.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from jaxinfer.cache import CacheManager, Cell, PageCopy
-from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.cache import CacheManager, PageCopy
+from jaxinfer.config import EngineConfig
 from jaxinfer.plan import (
     FINISHED_LENGTH,
     FINISHED_NAN,
@@ -28,33 +28,16 @@ from jaxinfer.plan import (
     Update,
 )
 from jaxinfer.request import FinishReason, QueueFullError, Request, RequestError
-from jaxinfer.slots import MAX_IN_FLIGHT, SlotTable, max_cells_per_plan, max_copies_per_plan
-from jaxinfer.waiting import PREEMPTIONS_TO_PROMOTE, WaitingQueue
-
-__all__ = [
-    "FINISHED_LENGTH",
-    "FINISHED_NAN",
-    "FINISHED_STOP",
-    "RUNS",
-    "Admission",
-    "Cell",
-    "Chunk",
-    "PageCopy",
-    "Plan",
-    "Scheduler",
-    "Sequence",
-    "StepResult",
-    "Update",
-    "max_cells_per_plan",
-    "max_copies_per_plan",
-]
+from jaxinfer.running import RunningSet
+from jaxinfer.slots import MAX_IN_FLIGHT
+from jaxinfer.waiting import WaitingQueue
 
 _FINISH_REASONS = {
     FINISHED_STOP: FinishReason.STOP,
     FINISHED_LENGTH: FinishReason.LENGTH,
     FINISHED_NAN: FinishReason.ERROR,
 }
-_NAN_ERROR = "the model produced NaN logits for this sequence"
+_NAN_ERROR = "the model produced NaN or infinite logits for this sequence, or its masks left no token to choose"
 
 
 class Scheduler:
@@ -76,17 +59,12 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._clock = clock
         self._waiting = WaitingQueue(config.batching, config.max_num_seqs, config.max_batch_wait_s)
-        groups = [PageGroup(window, ()) for window in cache.windows]
-        self._slots = SlotTable(config.max_num_seqs, max_cells_per_plan(config, groups, cache.page_size))
-        self._prefilling: list[Sequence] = []  # in order of admission; still without planned chunks for some rows
-        self._decoding: list[Sequence] = []  # the others with a slot
+        self._running = RunningSet(config, cache, self._waiting)
         self._in_flight: deque[Plan] = deque()
         self._next_seq_id = 0
         self._generation = 0
-        self._blocked: tuple[int, int] | None = None  # (sequence, page returns) of the last admission without pages
         self._last_end_s: float | None = None
         self._seconds_per_end = 1.0
-        self.num_preemptions = 0
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -140,7 +118,7 @@ class Scheduler:
         if sequence.slot is None:
             self._waiting.remove(sequence)
         else:
-            self._leave_slot(sequence, stop=True)
+            self._running.leave(sequence, stop=True)
         self._end(sequence, reason)
 
     # ---- planning -----------------------------------------------------------------------------------------------
@@ -152,12 +130,12 @@ class Scheduler:
         None with work left and nothing in flight: dynamic batching waits, until `next_deadline()`.
         """
         self._cache.end_copies()
-        if not self.num_running:
+        if not len(self._running):
             self._waiting.open_batch(self._clock())
-        decoding, most_left = self._alive()
-        if self._prefilling or (self._slots.num_free and self._waiting.head() is not None):
+        decoding, most_left = self._running.decoding()
+        if self._running.prefilling() or (self._running.has_free_slot and self._waiting.head() is not None):
             num_preempted = self.num_preemptions
-            if not self._reserve_decode(decoding, 1):
+            if not self._running.reserve_steps(decoding, 1, may_preempt=not self._in_flight):
                 return None
             chunks, admissions, copies = self._plan_prefill(
                 self._config.max_num_batched_tokens - len(decoding), num_preempted
@@ -166,71 +144,10 @@ class Scheduler:
                 return self._issue(decoding, 1, chunks, admissions, copies)
         num_steps = min(max_steps, self._config.loop_steps, most_left)
         if num_steps > 0:
-            num_steps = self._reserve_decode(decoding, num_steps)
+            num_steps = self._running.reserve_steps(decoding, num_steps, may_preempt=not self._in_flight)
         if num_steps <= 0 or all(sequence.slot is None for sequence in decoding):
             return None
         return self._issue(decoding, num_steps, [], [], [])
-
-    def _alive(self) -> tuple[list[Sequence], int]:
-        """Decoding sequences that may still be running on the device, and the most steps one of them can yet take."""
-        alive, most_left = [], 0
-        for sequence in self._decoding:
-            left = sequence.max_total - len(sequence.tokens)
-            if left > sequence.least_pending:
-                alive.append(sequence)
-                left -= sequence.most_pending
-                if left > most_left:
-                    most_left = left
-        return alive, most_left
-
-    def _reserve_decode(self, decoding: list[Sequence], num_steps: int) -> int:
-        """Pages for `num_steps` more steps of each; fewer steps when pages are short, then preemption.
-
-        Returns the steps that have pages; 0: wait for the calls in flight, whose results may free pages.
-        """
-        for sequence in decoding:
-            if sequence.slot is None:  # preempted for an earlier one
-                continue
-            while True:
-                num_tokens = len(sequence.tokens) + sequence.most_pending + num_steps
-                num_rows = (num_tokens if num_tokens < sequence.max_total else sequence.max_total) - 1
-                if num_rows <= sequence.page_rows or self._extend(sequence, num_rows):
-                    break
-                if num_steps > 1:
-                    num_steps //= 2
-                elif self._in_flight:
-                    return 0
-                else:
-                    victim = self._last_in_order()
-                    self._preempt(victim)
-                    if victim is sequence:
-                        break
-        return num_steps
-
-    def _extend(self, sequence: Sequence, num_rows: int) -> bool:
-        """Pages for rows < num_rows; their cells go into the next plan."""
-        cells = self._cache.extend(sequence.seq_id, num_rows)
-        if cells is None:
-            return False
-        page_size = self._cache.page_size
-        sequence.page_rows = -(-num_rows // page_size) * page_size
-        self._slots.change_cells(sequence, cells)
-        return True
-
-    def _last_in_order(self, but_not: Seq[Sequence] = ()) -> Sequence:
-        """Who is preempted first: the lowest class, then the latest arrival. So the oldest one always runs on."""
-        return max((s for s in self._slots.sequences() if s not in but_not), key=lambda s: (s.rank, s.seq_id))
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's slot and pages; it queues again. Only when no call in flight computes tokens for it."""
-        assert not self._in_flight, "preemption waits for the calls in flight"
-        assert self.num_running > 1, "the page pool cannot hold one sequence of max_model_len"
-        self._leave_slot(sequence, stop=True)
-        self.num_preemptions += 1
-        sequence.num_preemptions += 1
-        if sequence.num_preemptions >= PREEMPTIONS_TO_PROMOTE:
-            sequence.rank = 0
-        self._waiting.push(sequence)
 
     def _plan_prefill(self, budget: int, num_preempted: int) -> tuple[list[Chunk], list[Admission], list[PageCopy]]:
         """Chunks for at most `budget` tokens: admitted sequences first, in order of admission, then new ones.
@@ -238,7 +155,7 @@ class Scheduler:
         Nobody is admitted when this plan preempted somebody: `num_preemptions` was `num_preempted` before it.
         """
         chunks: list[Chunk] = []
-        for sequence in list(self._prefilling):
+        for sequence in self._running.prefilling():
             if sequence.slot is None:  # preempted for an earlier one
                 continue
             if len(chunks) == self._config.max_prefill_seqs:
@@ -246,7 +163,7 @@ class Scheduler:
             length = self._chunk_length(sequence.prefill_end - sequence.prefill_planned, budget)
             if length == 0:
                 break
-            if not self._reserve_chunk(sequence, length, chunks):
+            if not self._running.reserve_chunk(sequence, length, chunks, may_preempt=not self._in_flight):
                 continue
             chunks.append(self._chunk(sequence, length))
             budget -= length
@@ -256,10 +173,10 @@ class Scheduler:
             admitted = self._admit(budget)
             if admitted is None:
                 break
-            admission, chunk, copy = admitted
+            admission, chunk, page_copies = admitted
             admissions.append(admission)
             chunks.append(chunk)
-            copies += copy
+            copies += page_copies
             budget -= chunk.length
         return chunks, admissions, copies
 
@@ -278,67 +195,17 @@ class Scheduler:
         sequence.prefill_planned += length
         return Chunk(sequence.slot, sequence, start, length, sequence.prefill_planned == sequence.prefill_end)
 
-    def _reserve_chunk(self, sequence: Sequence, length: int, chunks: list[Chunk]) -> bool:
-        """Pages for the next chunk; False: it waits for others to give pages back."""
-        num_rows = sequence.prefill_planned + length
-        while num_rows > sequence.page_rows and not self._extend(sequence, num_rows):
-            if self._in_flight:
-                return False
-            victim = self._last_in_order(but_not=[chunk.sequence for chunk in chunks])
-            if victim is sequence:
-                assert self.num_running > 1, "the page pool cannot hold one sequence of max_model_len"
-                return False
-            self._preempt(victim)
-        return True
-
     def _admit(self, budget: int) -> tuple[Admission, Chunk, tuple[PageCopy, ...]] | None:
         """Give the head of the queue a slot, its cached prefix, and a first chunk; None when it must wait."""
         sequence = self._waiting.head()
-        if sequence is None or budget < 1 or not self._slots.num_free:
+        if sequence is None or budget < 1 or not self._running.has_free_slot:
             return None
-        if self._blocked == (sequence.seq_id, self._cache.num_returns):
-            return None
-        num_tokens = len(sequence.tokens)
-        acquired = self._cache.acquire(sequence.seq_id, sequence.tokens, salt=sequence.request.cache_salt)
-        num_cached = acquired.num_cached_tokens
-        length = self._chunk_length(num_tokens - num_cached, budget)
-        cells = None
-        if length and self._has_room(sequence.seq_id, num_tokens):
-            cells = self._cache.extend(sequence.seq_id, num_cached + length)
-        if cells is None:
-            self._cache.cancel(sequence.seq_id)
-            if length:
-                self._blocked = (sequence.seq_id, self._cache.num_returns)
-            assert not length or self.num_running, "the page pool cannot hold one sequence of max_model_len"
+        admitted = self._running.admit(sequence, lambda num_left: self._chunk_length(num_left, budget))
+        if admitted is None:
             return None
         self._waiting.pop()
-        slot = self._slots.take(sequence)
-        sequence.prefill_end = num_tokens
-        sequence.prefill_planned = num_cached
-        sequence.page_rows = self._cache.page_rows(sequence.seq_id)
-        sequence.commit_at = (num_cached // self._cache.page_size + 1) * self._cache.page_size
-        if not sequence.was_admitted:
-            sequence.was_admitted = True
-            sequence.num_cached = num_cached
-        self._prefilling.append(sequence)
-        pages: list[list[Cell]] = [[] for _ in self._cache.windows]
-        for cell in (*acquired.cells, *cells):
-            pages[cell.group].append(cell)
-        admission = Admission(slot, sequence, num_cached, tuple(tuple(group) for group in pages))
-        return admission, self._chunk(sequence, length), acquired.copies
-
-    def _has_room(self, seq_id: int, num_tokens: int) -> bool:
-        """Whether all its tokens fit beside what the others need soon, so that it is not preempted at once."""
-        if not self.num_running:
-            return True
-        page_size = self._cache.page_size
-        owed_rows = sum(max(0, s.prefill_end - s.page_rows) for s in self._prefilling)
-        return self._cache.fits(
-            seq_id,
-            num_tokens,
-            rows_ahead=MAX_IN_FLIGHT * self._config.max_num_batched_tokens,
-            spare_pages=-(-owed_rows // page_size) + self.num_running,
-        )
+        admission, length, copies = admitted
+        return admission, self._chunk(sequence, length), copies
 
     def _issue(
         self,
@@ -363,10 +230,9 @@ class Scheduler:
                 sequence = chunk.sequence
                 sequence.most_pending += 1
                 sequence.least_pending += 1
-                self._prefilling.remove(sequence)
-                self._decoding.append(sequence)
+                self._running.start_decoding(sequence)
                 running.append((chunk.slot, sequence))
-        cells, stops, num_slots = self._slots.take_edits()
+        cells, stops, num_slots = self._running.take_edits()
         plan = Plan(
             chunks=tuple(chunks),
             admissions=tuple(admissions),
@@ -393,7 +259,7 @@ class Scheduler:
         self._in_flight.popleft()
         for chunk in plan.chunks:
             if chunk.sequence.finish_reason is None:
-                self._commit(chunk.sequence, chunk.start + chunk.length)
+                self._running.commit(chunk.sequence, chunk.start + chunk.length)
                 if chunk.final:
                     self._unpark_siblings(chunk.sequence)
         num_rows = int(np.flatnonzero((result.tokens >= 0).any(axis=1))[-1:].sum()) + 1  # rows after it are all empty
@@ -415,7 +281,7 @@ class Scheduler:
             sequence.tokens += token_ids
             num_rows_written = len(sequence.tokens) - 1
             if num_rows_written >= sequence.commit_at and code != FINISHED_NAN:
-                self._commit(sequence, num_rows_written)
+                self._running.commit(sequence, num_rows_written)
             if code != RUNS:
                 updates.append(self._end_on_device(sequence, token_ids, steps, code))
             elif token_ids:
@@ -426,26 +292,9 @@ class Scheduler:
         self, sequence: Sequence, token_ids: tuple[int, ...], steps: tuple[int, ...], code: int
     ) -> Update:
         reason = _FINISH_REASONS[code]
-        self._leave_slot(sequence, stop=False, trusted=code != FINISHED_NAN)
+        self._running.leave(sequence, stop=False, trusted=code != FINISHED_NAN)
         self._end(sequence, reason)
         return Update(sequence, token_ids, steps, reason, _NAN_ERROR if code == FINISHED_NAN else None)
-
-    def _commit(self, sequence: Sequence, num_rows: int) -> None:
-        """Rows < num_rows are written. Worth a look at the cache only when a page is full."""
-        if num_rows >= sequence.commit_at:
-            page_size = self._cache.page_size
-            sequence.commit_at = (num_rows // page_size + 1) * page_size
-            cells = self._cache.commit(sequence.seq_id, sequence.tokens, num_rows)
-            self._slots.change_cells(sequence, cells)
-
-    def _leave_slot(self, sequence: Sequence, *, stop: bool, trusted: bool = True) -> None:
-        """Slot and pages are free. stop: the device must be told; trusted: its K/V may stay in the prefix tree."""
-        self._slots.leave(sequence, stop=stop)
-        (self._prefilling if sequence in self._prefilling else self._decoding).remove(sequence)
-        if trusted:
-            self._cache.release(sequence.seq_id)
-        else:
-            self._cache.discard(sequence.seq_id)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
@@ -462,12 +311,8 @@ class Scheduler:
 
     def reset_device(self) -> None:
         """The device state is lost: running sequences queue again, to be recomputed; calls in flight are void."""
-        for sequence in self._slots.clear():
-            self._waiting.push(sequence)
-        self._prefilling, self._decoding = [], []
+        self._running.reset()
         self._in_flight.clear()
-        self._cache.reset()
-        self._blocked = None
         self._generation += 1
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -480,7 +325,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Completions with a slot."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._running)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._running.num_preemptions
 
     @property
     def num_in_flight(self) -> int:
@@ -489,7 +338,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return self.num_running > 0 or self.num_waiting > 0
+        return len(self._running) > 0 or len(self._waiting) > 0
 
     def next_deadline(self) -> float | None:
         """Clock time at which a dynamic batch opens although it is not full; None when nothing waits for time."""
@@ -497,6 +346,4 @@ class Scheduler:
 
     def check(self) -> None:
         """AssertionError names a slot or page that leaked or has two owners. Any time between calls."""
-        self._cache.check()
-        assert self._cache.num_sequences == self.num_running, "the cache holds a sequence without a slot"
-        self._slots.check([*self._prefilling, *self._decoding])
+        self._running.check()

@@ -135,7 +135,7 @@ def write_weights(out: Path, all_tensors: Tensors, dtype: str, seed: int, shard_
     itemsize = DTYPES[dtype][1].itemsize
     parts = list(shards(all_tensors, itemsize, shard_bytes))
     rng = np.random.default_rng(np.random.SFC64(seed))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         write_safetensors(out / name, part, dtype, rng)

@@ -15,7 +15,8 @@ from jaxinfer.cache import CacheManager
 from jaxinfer.config import EngineConfig, PageGroup
 from jaxinfer.plan import Plan, Sequence, StepResult, Update
 from jaxinfer.request import FinishReason, Priority, Request, SamplingParams
-from jaxinfer.scheduler import Scheduler, max_cells_per_plan, max_copies_per_plan
+from jaxinfer.scheduler import Scheduler
+from jaxinfer.slots import max_cells_per_plan, max_copies_per_plan
 
 VOCAB = 5
 

@@ -105,12 +105,12 @@ def attend(
     if num_tokens > decode_tokens:
         parts.append(_prefill(q, decode_tokens, kv, ragged, rules))
     highest, total, weighted = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    used = total > 0  # an unused sequence's tokens see nothing, sinks included
     if sinks is not None:
         above = jnp.maximum(highest, sinks[None, :])
         shrink = jnp.exp(highest - above)
         total = total * shrink + jnp.exp(sinks[None, :] - above)
         highest, weighted = above, weighted * shrink[..., None]
-    used = total > 0
     out = jnp.where(used[..., None], weighted / jnp.where(used, total, 1.0)[..., None], 0.0)
     lse = jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
     return out.astype(q.dtype), lse, kv

@@ -1,6 +1,5 @@
 """scripts/train_tiny.py on a very small setting: killed, resumed, ended early, and what it leaves behind."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -17,8 +16,13 @@ from tokenizers import Tokenizer
 
 pytest.importorskip("optax")
 pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tiny.py"
+import train_tiny
+from tiny_corpus import crops, is_held_out
+from tiny_model import attention
+from tiny_trainer import StepClock, schedule
+
 VOCAB_SIZE = 384
 TEXTS = (
     "",
@@ -40,22 +44,12 @@ LAYER_SHAPES = {  # of the draft model: hidden 128, 4 query and 2 key/value head
 }
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_tiny"]
-
-
 def start(folder: Path) -> subprocess.Popen:
     flags = ["--size", "draft", "--max-files", "24", "--vocab-size", str(VOCAB_SIZE), "--batch-tokens", "256"]
     flags += ["--minutes", "60", "--max-steps", "400", "--log-every", "4", "--save-every-s", "0.5"]
     flags += ["--work-dir", str(folder / "work"), "--out", str(folder / "out")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(SCRIPT), *flags]
+    command = [sys.executable, train_tiny.__file__, *flags]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
@@ -85,7 +79,7 @@ def test_killed_resumed_and_ended_early(tmp_path):
     try:
         for line in second.stdout:
             lines.append(line)
-            if line.startswith("step ") and int(line.split()[1].rstrip(":")) >= saved_step + 24:
+            if line.startswith("step ") and int(line.split()[1].rstrip(":")) >= saved_step + 16:
                 second.send_signal(signal.SIGTERM)
                 break
         lines.append(second.communicate(timeout=120)[0])
@@ -142,31 +136,30 @@ def check_export(out: Path) -> None:
         (["--batch-tokens", "many"], "invalid positive int value: 'many'"),
     ],
 )
-def test_bad_flags(script, capsys, flags, message):
+def test_bad_flags(capsys, flags, message):
     with pytest.raises(SystemExit) as error:
-        script.main(flags)
+        train_tiny.main(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_work_directory_belongs_to_one_setting(script, capsys, tmp_path):
+def test_a_work_directory_belongs_to_one_setting(capsys, tmp_path):
     (tmp_path / "run.json").write_text('{"size": "tiny", "vocab_size": 4096, "seed": 3}')
-    assert script.main(["--work-dir", str(tmp_path), "--vocab-size", "512"]) == 2
+    assert train_tiny.main(["--work-dir", str(tmp_path), "--vocab-size", "512"]) == 2
     assert "--vocab-size 4096, not 512" in capsys.readouterr().err
 
 
-def test_more_vocabulary_than_the_text_supports(script, capsys, tmp_path):
+def test_more_vocabulary_than_the_text_supports(capsys, tmp_path):
     flags = ["--work-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-files", "24"]
-    assert script.main([*flags, "--vocab-size", "200000"]) == 2
+    assert train_tiny.main([*flags, "--vocab-size", "200000"]) == 2
     assert "--vocab-size 200000: the corpus supports only" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tokens", [20, 24, 32])
-@pytest.mark.parametrize("window", [None, 8, 40])
-def test_attention_sees_its_window(script, tokens, window):
+@pytest.mark.parametrize(("tokens", "window"), [(20, None), (20, 8), (24, 8), (32, 8), (32, 40)])
+def test_attention_sees_its_window(tokens, window):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, tokens, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
-    got = script.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window)
+    got = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window)
     for i in range(tokens):
         first = 0 if window is None else max(0, i - window + 1)
         for head in range(4):
@@ -177,28 +170,28 @@ def test_attention_sees_its_window(script, tokens, window):
             np.testing.assert_allclose(got[:, i, head], expected, atol=1e-5)
 
 
-def test_pauses_do_not_count(script):
-    clock = script.StepClock()
+def test_pauses_do_not_count():
+    clock = StepClock()
     assert clock.counted(30.0) == 0.0  # compiles
     assert [clock.counted(seconds) for seconds in (1.0, 2.0, 3600.0, 1.0)] == [1.0, 2.0, 7.5, 1.0]
 
 
-def test_the_learning_rate_falls_to_a_hundredth(script):
-    factors = [script.schedule(progress) for progress in np.linspace(0.0, 1.0, 101)]
+def test_the_learning_rate_falls_to_a_hundredth():
+    factors = [schedule(progress) for progress in np.linspace(0.0, 1.0, 101)]
     assert max(factors) == pytest.approx(1.0, abs=1e-3)
     assert factors[-1] == pytest.approx(0.01)
     assert factors[2:] == sorted(factors[2:], reverse=True)
 
 
-def test_crops_follow_from_seed_and_step(script):
+def test_crops_follow_from_seed_and_step():
     stream = np.arange(5000, dtype=np.uint16)
-    crops = script.crops(stream, seed=1, step=7, num_tokens=1024, context=256)
-    assert crops.shape == (4, 257)
-    assert (np.diff(crops) == 1).all()
-    np.testing.assert_array_equal(crops, script.crops(stream, seed=1, step=7, num_tokens=1024, context=256))
-    assert (crops != script.crops(stream, seed=1, step=8, num_tokens=1024, context=256)).any()
+    seven, again, eight = (crops(stream, seed=1, step=step, num_tokens=1024, context=256) for step in (7, 7, 8))
+    assert seven.shape == (4, 257)
+    assert (np.diff(seven) == 1).all()
+    np.testing.assert_array_equal(seven, again)
+    assert (seven != eight).any()
 
 
-def test_held_out_files_are_a_small_share_of_the_library(script):
+def test_held_out_files_are_a_small_share_of_the_library():
     files = [Path(f"package{i % 7}/module{i}.py") for i in range(2000)]
-    assert 60 <= sum(map(script.is_held_out, files)) <= 140
+    assert 60 <= sum(map(is_held_out, files)) <= 140

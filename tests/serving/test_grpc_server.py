@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import grpc
 import pytest
@@ -256,7 +257,7 @@ async def test_cancelling_frees_the_slot(fakes, serving, method):
 
 async def test_cancelling_while_the_prompt_is_tokenized_reaches_no_engine(fakes, serving):
     engine = fakes.Engine()
-    started, release = asyncio.Event(), __import__("threading").Event()
+    started, release = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     def encode(text, *, add_special_tokens):
@@ -271,9 +272,8 @@ async def test_cancelling_while_the_prompt_is_tokenized_reaches_no_engine(fakes,
         other = await _stub(channel).Generate(_message())  # the event loop and the engine are free meanwhile
         assert len(other.completions[0].token_ids) == 4
         call.cancel()
-        servicer_free = asyncio.create_task(_name_is_free(channel, "name"))
+        await _name_is_free(channel, "name")  # the handler has ended, although the tokenizer has not
         release.set()
-        await servicer_free
         assert not server.engine._streams and engine.aborted == []
 
 
@@ -388,7 +388,7 @@ async def test_a_model_without_a_tokenizer_takes_ids_alone(fakes, serving):
 
 async def test_tokenization_has_a_bound(fakes, serving):
     engine = fakes.Engine()
-    release = __import__("threading").Event()
+    release = threading.Event()
     engine.tokenizer.encode = lambda text, *, add_special_tokens: [1] if release.wait(10) else []
     options = {"tokenizer_threads": 1, "max_concurrent_streams": 2}
     async with serving(engine, **options) as server, AsyncClient(server.address) as client:

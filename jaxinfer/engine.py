@@ -276,7 +276,7 @@ class Engine:
             for sequence in affected.values():
                 if sequence.seq_id in self._streams:
                     self._scheduler.finish(sequence, FinishReason.ERROR)
-                    text = f"the device call failed {self._failures_in_a_row} times in a row: {error}"
+                    text = f"the device call failed {self._failures_in_a_row} times in a row; the server's log says how"
                     self._end(sequence, FinishReason.ERROR, text)
         self._scheduler.reset_device()
         del self._state

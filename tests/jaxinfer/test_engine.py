@@ -365,7 +365,7 @@ def test_a_call_that_always_fails_ends_its_requests(model_dir: Path, monkeypatch
     monkeypatch.setattr(engine, "_dispatch", fail)
     got = run(engine, [Request("a", (1, 2, 3), greedy())])
     assert got["a", 0][-1].finish_reason is FinishReason.ERROR
-    assert "3 times in a row: no device" in (got["a", 0][-1].error or "")
+    assert "failed 3 times in a row" in (got["a", 0][-1].error or "")
     monkeypatch.setattr(engine, "_dispatch", real)
     assert len(tokens_of(run(engine, [Request("b", (1, 2, 3), greedy())])["b", 0])) == 24
 

@@ -255,9 +255,8 @@ def run_bar(bar: Bar, args: argparse.Namespace, timeout_s: float, done: dict[str
         elif bar.command == "demo":
             row["report"] = run_demo(timeout_s)
         else:
-            command = expand(bar, args)
-            row["command"] = " ".join(command[1:])
-            row["report"] = run_json(command, timeout_s)
+            row["command"] = bar.command  # as written above: results hold no path of the machine
+            row["report"] = run_json(expand(bar, args), timeout_s)
     except (RuntimeError, ValueError, subprocess.SubprocessError, OSError) as error:
         row |= {"measured": f"failed: {str(error).splitlines()[-1][:160]}", "error": str(error), "reached": None}
     else:

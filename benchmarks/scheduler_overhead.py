@@ -37,14 +37,14 @@ def steady_decoding(
         plan = scheduler.plan(max_steps=num_steps)
         planned = time.thread_time() - start
         assert plan is not None
-        tokens = np.full((plan.num_steps, num_slots), -1, np.int32)
-        tokens[:, [slot for slot, _ in plan.running]] = 7
+        running = {slot for slot, _ in plan.running}
+        tokens = [[7 if slot in running else -1] * plan.num_steps for slot in range(num_slots)]
         start = time.thread_time()
         if flight is not None:
             scheduler.apply(*flight)
         if not plan.chunks:
             seconds.append(planned + time.thread_time() - start)
-        flight = (plan, StepResult(tokens, np.zeros(num_slots, np.int8)))
+        flight = (plan, StepResult(tokens, [0] * num_slots))
     return seconds[4:]
 
 

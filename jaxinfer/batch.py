@@ -49,7 +49,6 @@ class SlotState:
 
     tokens: jax.Array  # i32[slots, max_len]: prompt and completion so far
     num_tokens: jax.Array  # i32[slots]: the position of the next token
-    kv_rows: tuple[jax.Array, ...]  # i32[slots] K/V rows held, per page group
     page_table: tuple[jax.Array, ...]  # i32[slots, pages_per_seq] per page group
     num_prompt: jax.Array  # i32[slots]: how many of the tokens are the prompt
     sampling: jax.Array  # i32[slots, ROW_WORDS]: packed settings; one array, for each costs microseconds per call
@@ -120,7 +119,6 @@ def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> Dev
     slots = SlotState(
         tokens=ints((limits.slots, limits.max_len)),
         num_tokens=jnp.ones(limits.slots, jnp.int32),
-        kv_rows=tuple(ints(limits.slots) for _ in groups),
         page_table=tuple(ints((limits.slots, limits.pages_per_seq)) for _ in groups),
         num_prompt=ints(limits.slots),
         sampling=sampling.empty_rows(limits.slots),
@@ -144,14 +142,10 @@ class Record:
             self._fields[name] = (start, end, shape, np.dtype(dtype))
         self.size = end
 
-    def new(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def new(self) -> tuple[np.ndarray, Views]:
         """A zeroed buffer `i32[size]` and its views by name. A fresh one per call: the last may still be in flight."""
         buffer = np.zeros(self.size, np.int32)
-        views = {
-            name: buffer[start:end].view(dtype).reshape(shape)
-            for name, (start, end, shape, dtype) in self._fields.items()
-        }
-        return buffer, views
+        return buffer, Views(buffer, self._fields)
 
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """The same views of a traced buffer."""
@@ -159,6 +153,17 @@ class Record:
             name: jax.lax.bitcast_convert_type(buffer[start:end], dtype).reshape(shape)
             for name, (start, end, shape, dtype) in self._fields.items()
         }
+
+
+class Views:
+    """`views[name]`: one field of a record's buffer, to be filled. Made when asked for: most calls set few fields."""
+
+    def __init__(self, buffer: np.ndarray, fields: dict[str, tuple[int, int, tuple[int, ...], np.dtype]]):
+        self._buffer, self._fields = buffer, fields
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        start, end, shape, dtype = self._fields[name]
+        return self._buffer[start:end].view(dtype).reshape(shape)
 
 
 def control_record(limits: Limits) -> Record:
@@ -186,7 +191,6 @@ def admission_record(limits: Limits, num_groups: int) -> Record:
             "tokens": ((rows, limits.max_len), i32),
             "num_tokens": ((rows,), i32),
             "num_prompt": ((rows,), i32),
-            "kv_rows": ((rows,), i32),
             "sampling": ((rows, sampling.ROW_WORDS), i32),
             "count_slot": ((rows,), i32),  # the slot where the sequence has penalties, else limits.slots
             "page_table": ((rows, num_groups, limits.pages_per_seq), i32),
@@ -237,13 +241,12 @@ class Packer:
             view["chunk_final"][i] = chunk.final
         return buffer
 
-    def _pack_row(self, i: int, admission: Admission, view: dict[str, np.ndarray]) -> None:
+    def _pack_row(self, i: int, admission: Admission, view: Views) -> None:
         sequence, params = admission.sequence, admission.sequence.request.sampling
         view["slot"][i] = admission.slot
         view["tokens"][i, : len(sequence.tokens)] = sequence.tokens
         view["num_tokens"][i] = len(sequence.tokens)
         view["num_prompt"][i] = sequence.num_prompt
-        view["kv_rows"][i] = admission.num_cached_rows
         for cells in admission.pages:
             for cell in cells:
                 view["page_table"][i, cell.group, cell.index] = cell.page

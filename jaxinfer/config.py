@@ -108,12 +108,32 @@ def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
 
 BATCHING = ("continuous", "dynamic", "static")
 DTYPES = ("bfloat16", "float32")
-KERNEL_BACKENDS = ("auto", "reference", "xla")
+ATTENTION_BACKENDS = ("auto", "llvm_cpu", "xla", "reference")
 MATMUL_BACKENDS = ("auto", "xla", "llvm_cpu")
 
 
-def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+def _flag(
+    default: Any,
+    help_text: str,
+    choices: tuple[str, ...] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices, "limits": limits})
+
+
+def _check_field(spec: dataclasses.Field, value: object) -> None:
+    """ConfigError unless the value has the field's type and lies within its choices or limits."""
+    choices, limits = spec.metadata["choices"], spec.metadata["limits"]
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{spec.name}={value!r} is not one of {', '.join(choices)}")
+    kinds = {kind.strip() for kind in str(spec.type).split("|")}
+    if value is None and "None" in kinds:
+        return
+    accepted: Any = {"float": (int, float), "int": int, "bool": bool, "str": str}[(kinds - {"None"}).pop()]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
+        raise ConfigError(f"{spec.name}={value!r} must be of type {spec.type}")
+    if limits is not None and not limits[0] <= value <= limits[1]:  # type: ignore[operator]
+        raise ConfigError(f"{spec.name}={value!r} must be from {limits[0]:,} to {limits[1]:,}")
 
 
 @dataclass(frozen=True)
@@ -121,14 +141,20 @@ class EngineConfig:
     """How an engine runs a model. Flags are generated from these fields: `max_num_seqs` becomes `--max-num-seqs`."""
 
     dtype: str = _flag("bfloat16", "dtype of weights, activations and K/V", DTYPES)
-    max_num_seqs: int = _flag(16, "decode slots: sequences that run at once")
-    max_model_len: int | None = _flag(None, "longest prompt plus completion in tokens (default: what the model allows)")
-    max_num_batched_tokens: int = _flag(512, "token budget of one mixed step: decode rows plus prefill chunks")
-    max_prefill_seqs: int = _flag(4, "sequences that may prefill in one mixed step")
-    min_prefill_bucket: int = _flag(32, "smallest compiled prefill size; buckets double from here")
-    page_size: int = _flag(32, "tokens per K/V page")
+    max_num_seqs: int = _flag(16, "decode slots: sequences that run at once", limits=(1, 16_384))
+    max_model_len: int | None = _flag(
+        None, "longest prompt plus completion in tokens (default: what the model allows)", limits=(2, 2**31 - 1)
+    )
+    max_num_batched_tokens: int = _flag(
+        512, "token budget of one mixed step: decode rows plus prefill chunks", limits=(1, 2**20)
+    )
+    max_prefill_seqs: int = _flag(4, "sequences that may prefill in one mixed step", limits=(1, 1024))
+    min_prefill_bucket: int = _flag(32, "smallest compiled prefill size; buckets double from here", limits=(1, 2**20))
+    page_size: int = _flag(32, "tokens per K/V page", limits=(1, 2**16))
     kv_memory_bytes: int | None = _flag(
-        None, "bytes for K/V pages (default: every slot can reach max_model_len, up to a quarter of memory)"
+        None,
+        "bytes for K/V pages (default: every slot can reach max_model_len, up to a quarter of memory)",
+        limits=(1, 2**63 - 1),
     )
     prefix_caching: bool = _flag(True, "share K/V pages between requests with a common prefix")
     chunked_prefill: bool = _flag(
@@ -137,49 +163,40 @@ class EngineConfig:
     batching: str = _flag(
         "continuous", "admission: continuous, dynamic (max batch or max wait), static (full batches)", BATCHING
     )
-    max_batch_wait_s: float = _flag(0.05, "dynamic batching: longest wait for a batch to fill, in seconds")
-    max_queue: int = _flag(1024, "requests that may wait; further ones are refused")
-    loop_steps: int = _flag(16, "most decode steps in one compiled loop call")
-    stream_interval_s: float = _flag(0.1, "aimed time between streamed chunks; sets the loop length while nobody waits")
-    watchdog_s: float = _flag(120.0, "report a device call that has not returned after this many seconds")
-    seed: int = _flag(0, "seed for requests that bring none")
-    attention_backend: str = _flag("auto", "attention kernel", KERNEL_BACKENDS)
+    max_batch_wait_s: float = _flag(
+        0.05, "dynamic batching: longest wait for a batch to fill, in seconds", limits=(0, 3600)
+    )
+    max_queue: int = _flag(1024, "requests that may wait; further ones are refused", limits=(1, 2**20))
+    loop_steps: int = _flag(16, "most decode steps in one compiled loop call", limits=(1, 1024))
+    stream_interval_s: float = _flag(
+        0.1, "aimed time between streamed chunks; sets the loop length while nobody waits", limits=(0, 3600)
+    )
+    watchdog_s: float = _flag(
+        120.0, "report a device call that has not returned after this many seconds", limits=(0, 10**6)
+    )
+    seed: int = _flag(0, "seed for requests that bring none", limits=(-(2**63), 2**63 - 1))
+    attention_backend: str = _flag("auto", "attention kernel", ATTENTION_BACKENDS)
     matmul_backend: str = _flag("auto", "matrix multiplication kernel", MATMUL_BACKENDS)
     compilation_cache_dir: str | None = _flag(
         None, "persistent compilation cache (default: ~/.cache/jaxinfer/xla; empty string: off)"
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("dtype", DTYPES),
-            ("batching", BATCHING),
-            ("attention_backend", KERNEL_BACKENDS),
-            ("matmul_backend", MATMUL_BACKENDS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_prefill_seqs",
-            "min_prefill_bucket",
-            "page_size",
-            "max_queue",
-            "loop_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_model_len", "kv_memory_bytes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1, or left out")
-        for name in ("max_batch_wait_s", "stream_interval_s", "watchdog_s"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        for spec in flag_fields(EngineConfig):
+            _check_field(spec, getattr(self, spec.name))
         if self.min_prefill_bucket > self.max_num_batched_tokens:
             raise ConfigError(
                 f"min_prefill_bucket={self.min_prefill_bucket} is over "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
+
+    @property
+    def prefill_buckets(self) -> tuple[int, ...]:
+        """Numbers of prefill tokens that mixed steps are compiled for: doubling from the smallest, ascending."""
+        buckets = [self.min_prefill_bucket]
+        while buckets[-1] < self.max_num_batched_tokens:
+            buckets.append(2 * buckets[-1])
+        return tuple(buckets)
 
 
 def flag_fields(config_class: type) -> list[dataclasses.Field]:

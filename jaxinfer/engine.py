@@ -27,13 +27,14 @@ from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
 from jaxinfer.models.transformer import merger
 from jaxinfer.output import CompletionStream, Logprobs
-from jaxinfer.plan import Plan, Sequence, StepResult
+from jaxinfer.plan import Plan, Sequence
 from jaxinfer.programs import Programs, Shape
 from jaxinfer.request import FinishReason, Request, RequestError, TokenEvent
 from jaxinfer.scheduler import Scheduler
-from jaxinfer.step import Drivers, Outcome
+from jaxinfer.step import Drivers, Outcome, Report
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.watchdog import Watchdog
+from pallas_kernels import attention
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class EngineStats:
     num_calls: int  # device calls applied
     num_failed_calls: int
     num_watchdog_reports: int
-    prompt_tokens: int
-    cached_prompt_tokens: int  # of these, whose K/V came from the prefix cache
+    prompt_tokens: int  # once per completion
+    cached_prompt_tokens: int  # of these, whose K/V came from the prefix cache, of completions that ended
     generation_tokens: int
     host_us_per_loop: float  # median processor time that step() takes on its thread
     host_wall_us_per_loop: float  # the same by the clock, without waiting for the device: on a CPU both share cores
@@ -93,6 +94,7 @@ class Engine:
         _enable_compilation_cache(config)
         self.max_model_len = memory.max_model_len(self.model, config)
         self.num_pages = memory.pages_per_group(self.model, config, self.max_model_len)
+        _check_attention(self.model, config)
         self._limits = limits_of(self.model, config, self.max_model_len, self.num_pages)
         self._groups = page_groups(self.model)
         self._packer = Packer(self.model, self._limits, self._groups)
@@ -113,6 +115,7 @@ class Engine:
         self._num_requests = 0
         self._failures_in_a_row = 0
         self._counters = dict.fromkeys(("calls", "failed", "prompt", "cached", "generated"), 0)
+        self._copies_early = jax.default_backend() != "cpu"  # there is nothing to copy there, and asking costs 0.1 ms
         self._step_time_s = 0.0
         self._last_ready_s = 0.0
         self._host_s: list[tuple[float, float]] = []  # per step: processor time, clock time
@@ -124,7 +127,7 @@ class Engine:
         request.check(
             vocab_size=self.model.vocab_size,
             max_model_len=self.max_model_len,
-            num_eos_ids=len(self.model.eos_token_ids),
+            eos_token_ids=self.model.eos_token_ids,
             has_tokenizer=self.tokenizer is not None,
         )
         if request.sampling.n > self.config.max_queue:
@@ -135,14 +138,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError, or QueueFullError over `max_queue`."""
         self.check_request(request)
-        if request.request_id in self._sequences:
+        if request.request_id in self._sequences or any(e.request_id == request.request_id for e in self._ended):
             raise RequestError("request_id", f"{request.request_id!r} is in use by an unfinished request")
         params = request.sampling
         base = params.seed if params.seed is not None else _mix(_mix(self.config.seed) + self._num_requests)
         seeds = [base if i == 0 else _mix(base + i) for i in range(params.n)]
         sequences = self._scheduler.add(request, seeds=seeds)
         self._num_requests += 1
-        self._counters["prompt"] += len(request.prompt_token_ids)
+        self._counters["prompt"] += len(request.prompt_token_ids) * len(sequences)
         self._sequences[request.request_id] = list(sequences)
         eos = frozenset(self.model.eos_token_ids)
         for sequence in sequences:
@@ -176,7 +179,7 @@ class Engine:
         if plan is not None:
             try:
                 flight = self._dispatch(plan)
-            except (RuntimeError, ValueError) as error:  # what jax raises for a failed call or a deleted buffer
+            except Exception as error:  # the plan counts as in flight: whatever it is, recover
                 failure = (error, plan)
         events: list[TokenEvent] = []
         last, self._flight = self._flight, flight
@@ -185,7 +188,7 @@ class Engine:
             try:
                 with self._watchdog.watch(str(last.shape)):
                     main = np.asarray(last.outcome.main)
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
                 failure = (error, last.plan)
             else:
                 waited = time.perf_counter() - waiting
@@ -217,39 +220,33 @@ class Engine:
             buffers.append(self._packer.pack_admission(plan))
         dispatched_s = time.perf_counter()
         self._state, outcome = program(self._parameters, self._state, *buffers)
-        outcome.main.copy_to_host_async()
+        if self._copies_early:
+            outcome.main.copy_to_host_async()
         return _Flight(plan, shape, outcome, dispatched_s)
 
     def _apply(self, flight: _Flight, main: np.ndarray) -> list[TokenEvent]:
-        slots = flight.shape.num_slots
-        steps = (main.size - slots) // (2 * slots)
-        tokens, bits = main[: 2 * steps * slots].reshape(2, steps, slots)
-        logprobs = Logprobs(bits.view(np.float32), flight.outcome.top_ids, flight.outcome.top_logprobs)
-        self._measure(flight, tokens)
+        report = Report.read(main)
+        logprobs = Logprobs(report.logprob_bits, flight.outcome.top_ids, flight.outcome.top_logprobs)
+        self._measure(flight, report.steps)
         self._counters["calls"] += 1
         self._failures_in_a_row = 0
-        slot_of = {sequence.seq_id: slot for slot, sequence in flight.plan.running}
         events = []
-        for update in self._scheduler.apply(flight.plan, StepResult(tokens, main[2 * steps * slots :])):
+        for update in self._scheduler.apply(flight.plan, report.result):
             sequence = update.sequence
-            stream = self._streams[sequence.seq_id]
-            event = stream.push(update, slot_of[sequence.seq_id], logprobs)
+            event = self._streams[sequence.seq_id].push(update, logprobs)
             self._counters["generated"] += len(event.token_ids)
             if event.finish_reason is not None:
                 if update.finish_reason is None:  # a stop string, which only the host sees
                     self._scheduler.finish(sequence, event.finish_reason)
                 self._forget(sequence)
             events.append(event)
-        for admission in flight.plan.admissions:
-            self._counters["cached"] += admission.num_cached_rows
         return events
 
-    def _measure(self, flight: _Flight, tokens: np.ndarray) -> None:
+    def _measure(self, flight: _Flight, steps: int) -> None:
         """Keep a running estimate of a decode step's time."""
         now = time.perf_counter()
         began = max(flight.dispatched_s, self._last_ready_s)
         self._last_ready_s = now
-        steps = int(np.count_nonzero(np.any(tokens >= 0, axis=1)))
         if flight.shape.prefill_tokens == 0 and steps:
             sample = (now - began) / steps
             self._step_time_s = sample if not self._step_time_s else 0.8 * self._step_time_s + 0.2 * sample
@@ -260,6 +257,7 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._streams[sequence.seq_id]
+        self._counters["cached"] += sequence.num_cached
         siblings = self._sequences[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -361,6 +359,15 @@ class Engine:
         self._watchdog.close()
         self._flight = None
         del self._state, self._parameters
+
+
+def _check_attention(model: ModelConfig, config: EngineConfig) -> None:
+    """ConfigError where only the slow reference is left to choose: whoever wants that asks for it."""
+    spec = kv_spec(model, config)
+    chosen, _ = attention.OP.choose(config.attention_backend, spec=spec)
+    if config.attention_backend == "auto" and chosen == "reference":
+        reasons = "; ".join(f"{name}: {text}" for name, text in attention.OP.refusals(spec=spec).items() if text)
+        raise ConfigError(f"no fast attention kernel takes {spec}: {reasons} (attention_backend=reference is slow)")
 
 
 def _mix(value: int) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, SupportsIndex
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
@@ -27,6 +32,7 @@ from jaxinfer.request import (
 )
 
 Prompt = str | Sequence[int]
+LONGEST_SLEEP_S = 0.02
 
 
 @dataclass
@@ -64,7 +70,7 @@ class GenerationResult:
 
 
 class LLM:
-    """A model served in this process.
+    """A model served in this process. Several threads and open streams may use it at once.
 
     >>> llm = LLM()                                     # the model that ships with jaxinfer
     >>> llm.generate("def add(a, b):")[0].outputs[0].text
@@ -80,6 +86,8 @@ class LLM:
         if warm_up:
             self.engine.warm_up()
         self._num_requests = 0
+        self._lock = threading.RLock()  # who steps the engine
+        self._inboxes: dict[str, deque[TokenEvent]] = {}  # request id -> events that its caller did not take yet
 
     def generate(
         self,
@@ -126,63 +134,116 @@ class LLM:
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Request, str | None]]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[assignment, list-item]
+        if isinstance(prompts, (bytes, bytearray)):
+            raise RequestError("prompts", f"{prompts!r:.40} is bytes; give text or token ids")
+        given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if given and isinstance(given[0], SupportsIndex):  # token ids of one prompt
+            given = [given]
         if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(prompts)
-        if len(sampling) != len(prompts):
+            sampling = [sampling or SamplingParams()] * len(given)
+        for params in sampling:
+            if not isinstance(params, SamplingParams):
+                raise RequestError("sampling", f"{params!r:.80} is not a SamplingParams")
+        if len(sampling) != len(given):
             raise RequestError(
-                "sampling", f"{len(sampling)} SamplingParams for {len(prompts)} prompts; give 1 or as many"
+                "sampling", f"{len(sampling)} SamplingParams for {len(given)} prompts; give 1 or as many"
             )
         requests = []
-        for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+        for i, (prompt, params) in enumerate(zip(given, sampling, strict=True)):
             text = prompt if isinstance(prompt, str) else None
-            if isinstance(prompt, str):
-                if self.engine.tokenizer is None:
-                    raise RequestError(f"prompts[{i}]", "is text, but this model has no tokenizer; give token ids")
-                ids: Sequence[int] = self.engine.tokenizer.encode(prompt)
-            else:
-                ids = check_token_ids(prompt)  # type: ignore[arg-type]
-            self._num_requests += 1
-            request = Request(f"llm-{self._num_requests}", tuple(ids), params)
             try:
+                ids = self._token_ids(prompt)
+                with self._lock:
+                    self._num_requests += 1
+                    request = Request(f"llm-{self._num_requests}", ids, params)
                 self.engine.check_request(request)
-            except RequestError as error:
+            except ValueError as error:
                 raise RequestError(f"prompts[{i}]", str(error)) from error
             requests.append((request, text))
         return requests
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.engine.tokenizer is None:
+                raise ValueError("is text, but this model has no tokenizer; give token ids")
+            return tuple(self.engine.tokenizer.encode(prompt))
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+            raise ValueError(f"{prompt!r:.40} is neither text nor token ids")
+        return check_token_ids(prompt)
 
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Feed the queue as it empties; abort what is left when the caller stops listening."""
         waiting = list(reversed(requests))
         unfinished: dict[str, int] = {}  # request id -> completions still to end
-
-        def step() -> list[TokenEvent]:
-            events = self.engine.step()
-            for event in events:
-                if event.finish_reason is not None:
-                    unfinished[event.request_id] -= 1
-                    if unfinished[event.request_id] == 0:
-                        del unfinished[event.request_id]
-            return events
-
         try:
             while waiting or unfinished:
-                while waiting:
-                    try:
-                        self.engine.add(waiting[-1])
-                    except QueueFullError:
-                        break
-                    request = waiting.pop()
-                    unfinished[request.request_id] = request.sampling.n
-                yield from step()
-                if unfinished and (idle_s := self.engine.idle_s()) > 0:
-                    time.sleep(idle_s)
+                with self._lock:
+                    self._feed(waiting, unfinished)
+                    events = self._take(unfinished) or self._step(unfinished)
+                    idle_s = 0.0 if events else self.engine.idle_s()
+                yield from events
+                if idle_s > 0:
+                    time.sleep(min(idle_s, LONGEST_SLEEP_S))  # another thread's request may make it shorter
         finally:
-            for request_id in list(unfinished):
-                self.engine.abort(request_id)
-            while self.engine.has_work():
-                step()
+            with self._lock:
+                for request_id in unfinished:
+                    self.engine.abort(request_id)
+                while unfinished:
+                    self._step(unfinished)
+
+    def _feed(self, waiting: list[Request], unfinished: dict[str, int]) -> None:
+        """Hand over requests, the last first, until the queue is full."""
+        while waiting:
+            try:
+                self.engine.add(waiting[-1])
+            except QueueFullError:
+                return
+            request = waiting.pop()
+            unfinished[request.request_id] = request.sampling.n
+            self._inboxes[request.request_id] = deque()
+
+    def _step(self, unfinished: dict[str, int]) -> list[TokenEvent]:
+        """One engine step; everybody's events go to their inboxes, those of `unfinished` are returned."""
+        with interrupts_deferred():
+            for event in self.engine.step():
+                self._inboxes[event.request_id].append(event)
+        return self._take(unfinished)
+
+    def _take(self, unfinished: dict[str, int]) -> list[TokenEvent]:
+        """What lies in the inboxes of these requests; those that ended leave `unfinished`."""
+        events = []
+        for request_id in list(unfinished):
+            inbox = self._inboxes[request_id]
+            while inbox:
+                event = inbox.popleft()
+                events.append(event)
+                if event.finish_reason is not None:
+                    unfinished[request_id] -= 1
+            if not unfinished[request_id]:
+                del unfinished[request_id], self._inboxes[request_id]
+        return events
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block, which would break off half done; a second one takes effect at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
 
 
 def _collect(result: GenerationResult, event: TokenEvent, elapsed_s: float) -> None:

@@ -12,8 +12,8 @@ from jaxinfer.tokenizer import StopMatcher, Tokenizer
 class Logprobs:
     """A call's log-probabilities on the host. The alternatives are fetched only when a request asks for them."""
 
-    def __init__(self, chosen: np.ndarray, top_ids: object, top_logprobs: object):
-        self.chosen = chosen  # f32[steps, slots]
+    def __init__(self, bits: np.ndarray, top_ids: object, top_logprobs: object):
+        self._bits = bits  # i32[slots, steps]: float32 bits
         self._top = (top_ids, top_logprobs)
         self._fetched: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -25,7 +25,7 @@ class Logprobs:
                 self._fetched = (np.asarray(self._top[0]), np.asarray(self._top[1]))
             ids, values = (array[step, slot, :num_top] for array in self._fetched)
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprobs(float(self.chosen[step, slot]), top)
+        return TokenLogprobs(float(self._bits[slot, step].view(np.float32)), top)
 
 
 class CompletionStream:
@@ -38,10 +38,14 @@ class CompletionStream:
             None if tokenizer is None else tokenizer.incremental(skip_special_tokens=params.skip_special_tokens)
         )
         self._matcher = StopMatcher(params.stop, include_stop=params.include_stop_in_output) if params.stop else None
+        self._num_pushed = 0
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
 
-    def push(self, update: Update, slot: int, logprobs: Logprobs) -> TokenEvent:
-        """The event for an update. A stop string found ends it there: later tokens of the update are dropped."""
+    def push(self, update: Update, logprobs: Logprobs) -> TokenEvent:
+        """The event for an update. A stop string found ends it there: later tokens of the update are dropped.
+
+        The text of the first `min_tokens` tokens is not searched.
+        """
         params = self.sequence.request.sampling
         token_ids, reason = update.token_ids, update.finish_reason
         if self._matcher is None:
@@ -50,24 +54,29 @@ class CompletionStream:
             text = ""
             for count, token in enumerate(token_ids, start=1):
                 ends = reason is FinishReason.STOP and count == len(token_ids)
-                piece, matched = self._matcher.push(self._decode((token,), last_is_stop=ends))
+                piece, matched = self._decode((token,), last_is_stop=ends), False
+                self._num_pushed += 1
+                if self._num_pushed > params.min_tokens:
+                    piece, matched = self._matcher.push(piece)
                 text += piece
                 if matched:
                     token_ids, reason = token_ids[:count], FinishReason.STOP
                     self._decoder = self._matcher = None
                     break
         if reason is not None:
-            text += self.flush()
+            tail, matched = self._flush()
+            text += tail
+            if matched and reason is FinishReason.LENGTH:
+                reason = FinishReason.STOP
         values = None
         if params.logprobs:
-            steps = update.steps[: len(token_ids)]
-            values = tuple(logprobs.of(step, slot, params.top_logprobs) for step in steps)
+            values = tuple(logprobs.of(step, update.slot, params.top_logprobs) for step in range(len(token_ids)))
         generated = self.sequence.num_generated - (len(update.token_ids) - len(token_ids))
         return self.event(token_ids, text, reason, generated=generated, logprobs=values, error=update.error)
 
     def end(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """The last event of a completion that the host ended."""
-        return self.event((), self.flush(), reason, generated=self.sequence.num_generated, error=error)
+        return self.event((), self._flush()[0], reason, generated=self.sequence.num_generated, error=error)
 
     def event(
         self,
@@ -92,13 +101,13 @@ class CompletionStream:
             num_generated_tokens=generated,
         )
 
-    def flush(self) -> str:
-        """Text still held back: an incomplete character, or the beginning of a stop string that did not come."""
+    def _flush(self) -> tuple[str, bool]:
+        """Text still held back (half a character, the beginning of a stop string), and whether it holds a stop."""
         tail = self._decoder.flush() if self._decoder is not None else ""
         if self._matcher is None:
-            return tail
+            return tail, False
         piece, matched = self._matcher.push(tail)
-        return piece if matched else piece + self._matcher.flush()
+        return (piece, True) if matched else (piece + self._matcher.flush(), False)
 
     def _decode(self, token_ids: tuple[int, ...], *, last_is_stop: bool) -> str:
         if self._decoder is None:

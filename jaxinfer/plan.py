@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxinfer.cache import Cell, PageCopy
 from jaxinfer.request import FinishReason, Request
 
@@ -68,7 +66,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One device call. Edits come first, in the order: stops, admissions, cells, copies."""
+    """One device call. Edits come first, in the order: stops, cells, admissions, copies."""
 
     chunks: tuple[Chunk, ...]  # empty: decode_loop; else mixed_step (exactly one step)
     admissions: tuple[Admission, ...]  # each has a chunk in the same plan
@@ -87,12 +85,12 @@ class Plan:
 class StepResult:
     """What a call produced, on the host.
 
-    tokens: i32[num_steps, slots], -1 where the slot produced nothing in that step.
-    finished: i8[slots], FINISHED_* codes.
+    tokens: per slot, what each step made drew; -1 from the step on at which the slot was not running.
+    finished: per slot, a FINISHED_* code.
     """
 
-    tokens: np.ndarray
-    finished: np.ndarray
+    tokens: list[list[int]]
+    finished: list[int]
 
 
 RUNS, FINISHED_STOP, FINISHED_LENGTH, FINISHED_NAN = 0, 1, 2, 3
@@ -102,7 +100,7 @@ class Update(NamedTuple):
     """What one sequence gained from an applied call."""
 
     sequence: Sequence
-    token_ids: tuple[int, ...]
-    steps: tuple[int, ...]  # row of the result arrays each token came from
+    slot: int  # where it ran; it may have left it since
+    token_ids: tuple[int, ...]  # the i-th came from the call's i-th step
     finish_reason: FinishReason | None
     error: str | None

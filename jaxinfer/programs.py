@@ -35,18 +35,10 @@ class Shape:
 
 
 def slot_buckets(slots: int) -> list[int]:
-    """Numbers of slots that programs run over: quarters of `slots`, down to 2, ascending."""
+    """Numbers of slots that programs run over: `slots`, quartered while above 4, ascending."""
     buckets = [slots]
     while buckets[0] > 4:
         buckets.insert(0, max(2, buckets[0] // 4))
-    return buckets
-
-
-def prefill_buckets(config: EngineConfig) -> list[int]:
-    """Numbers of prefill tokens that mixed steps are compiled for: powers of two times the smallest, ascending."""
-    buckets = [config.min_prefill_bucket]
-    while buckets[-1] < config.max_num_batched_tokens:
-        buckets.append(2 * buckets[-1])
     return buckets
 
 
@@ -59,7 +51,7 @@ class Programs:
         self._drivers = drivers
         self._slots = slot_buckets(drivers.limits.slots)
         self._mixed_slots = [n for n in self._slots if n >= MIN_MIXED_SLOTS] or self._slots[-1:]
-        self._tokens = prefill_buckets(config)
+        self._tokens = config.prefill_buckets
         self._abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (parameters, state)
         )

@@ -7,9 +7,10 @@ min-p (Nguyen et al. 2024), nucleus sampling (Holtzman et al. 2019), repetition 
 from __future__ import annotations
 
 import enum
-import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 MAX_N = 64
 MAX_STOP_STRINGS = 16
@@ -18,6 +19,7 @@ MAX_STOP_TOKEN_IDS = 16  # the model's own end-of-sequence ids count too
 MAX_LOGIT_BIAS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MIN_REPETITION_PENALTY = 0.01  # below it logits overflow
 
 
 class RequestError(ValueError):
@@ -85,10 +87,16 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            object.__setattr__(self, "allowed_token_ids", _tuple("allowed_token_ids", self.allowed_token_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias", f"{self.logit_bias!r} must map token ids to numbers")
+        for name in ("include_stop_in_output", "ignore_eos", "logprobs", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                hint = "; top_logprobs is how many alternatives" if name == "logprobs" else ""
+                raise RequestError(name, f"{getattr(self, name)!r} must be true or false{hint}")
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1 if self.max_tokens is None else self.max_tokens)
@@ -96,7 +104,7 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 0, 2**31 - 1)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_int("n", self.n, 1, MAX_N)
@@ -119,19 +127,27 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check_float(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
-    def check_vocabulary(self, vocab_size: int, num_eos_ids: int) -> None:
-        """Raise RequestError where a token id lies outside the vocabulary or stop ids do not fit."""
+    def check_vocabulary(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Raise RequestError where a token id lies outside the vocabulary, stop ids do not fit, or no id is left."""
+        if self.allowed_token_ids is not None and not 1 <= len(self.allowed_token_ids) <= vocab_size:
+            raise RequestError(
+                "allowed_token_ids",
+                f"{len(self.allowed_token_ids)} ids, where 1 to {vocab_size} can be; leave it out to allow all",
+            )
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 _check_int(name, token, 0, vocab_size - 1)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids", "an empty list allows nothing; leave it out to allow all")
-        used = len(self.stop_token_ids) + (0 if self.ignore_eos else num_eos_ids)
-        if used > MAX_STOP_TOKEN_IDS:
+        eos = () if self.ignore_eos else eos_token_ids
+        if len(self.stop_token_ids) + len(eos) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
                 "stop_token_ids",
-                f"{len(self.stop_token_ids)} with the model's {num_eos_ids} end-of-sequence ids are over the limit of "
+                f"{len(self.stop_token_ids)} with the model's {len(eos)} end-of-sequence ids are over the limit of "
                 f"{MAX_STOP_TOKEN_IDS}",
+            )
+        allowed = self.allowed_token_ids
+        if self.min_tokens > 0 and allowed is not None and {*allowed} <= {*self.stop_token_ids, *eos}:
+            raise RequestError(
+                "min_tokens", f"{self.min_tokens} cannot be reached: every one of allowed_token_ids ends the text"
             )
 
 
@@ -145,7 +161,7 @@ class Request:
     priority: Priority = Priority.ONLINE
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
 
-    def check(self, *, vocab_size: int, max_model_len: int, num_eos_ids: int, has_tokenizer: bool) -> None:
+    def check(self, *, vocab_size: int, max_model_len: int, eos_token_ids: Sequence[int], has_tokenizer: bool) -> None:
         """Raise RequestError unless a model with these limits can run this request."""
         num_prompt = len(self.prompt_token_ids)
         if num_prompt == 0:
@@ -154,16 +170,25 @@ class Request:
             raise RequestError(
                 "prompt", f"{num_prompt} tokens leave no room to generate: max_model_len is {max_model_len}"
             )
+        if num_prompt + self.sampling.min_tokens > max_model_len:
+            raise RequestError(
+                "min_tokens",
+                f"{self.sampling.min_tokens} after a prompt of {num_prompt} go over max_model_len={max_model_len}",
+            )
+        try:
+            self.cache_salt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("cache_salt", f"{self.cache_salt!r} is not valid Unicode") from error
         for token in self.prompt_token_ids:
-            if not 0 <= token < vocab_size:
+            if type(token) is not int or not 0 <= token < vocab_size:
                 raise RequestError(
-                    "prompt_token_ids", f"{token} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+                    "prompt_token_ids", f"{token!r} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
                 )
         if self.sampling.stop and not has_tokenizer:
             raise RequestError(
                 "stop", "stop strings need a tokenizer, and this model directory has none; use stop_token_ids"
             )
-        self.sampling.check_vocabulary(vocab_size, num_eos_ids)
+        self.sampling.check_vocabulary(vocab_size, eos_token_ids)
 
 
 @dataclass(frozen=True)
@@ -196,15 +221,23 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         lower = f"above {low:g} up" if open_low else f"from {low:g}"
         raise RequestError(name, f"{value!r} must be a number {lower} to {high:g}")
 
 
-def check_token_ids(value: Sequence[object]) -> tuple[int, ...]:
-    """Token ids as a tuple of ints, or RequestError."""
+def _tuple(name: str, value: object) -> tuple:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise RequestError(name, f"{value!r} must be a sequence")
+    return tuple(value)
+
+
+def check_token_ids(value: Iterable[object]) -> tuple[int, ...]:
+    """Token ids, numpy's integers among them, as a tuple of ints, or RequestError."""
+    ids = []
     for token in value:
-        if isinstance(token, bool) or not isinstance(token, int):
+        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
             raise RequestError("prompt_token_ids", f"{token!r} is not a whole number")
-    return tuple(value)  # type: ignore[arg-type]
+        ids.append(operator.index(token))
+    return tuple(ids)

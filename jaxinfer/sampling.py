@@ -264,29 +264,33 @@ def _choose(
     x: jax.Array, arrays: SamplingArrays, positions: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """x [slots, vocab] with masks, bias and penalties applied -> tokens i32[slots], bad bool[slots]."""
-    best, tokens = _argmax(x)
-    bad = ~jnp.isfinite(best)
-    random = active & (arrays.temperature > 0)
+    best, tokens, has_nan = _argmax(x)
+    bad = has_nan | ~jnp.isfinite(best)
+    random = active & (arrays.temperature > 0) & ~bad
     tokens = lax.cond(
         jnp.any(random), lambda: jnp.where(random, _draw(x, best, arrays, positions, random), tokens), lambda: tokens
     )
     return jnp.minimum(tokens, x.shape[1] - 1), bad
 
 
-def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest value f32[slots] (NaN when the row holds one) and its lowest index i32[slots] of x [slots, vocab].
+def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest value f32[slots] of x [slots, vocab], its lowest index i32[slots], and bool[slots]: holds a NaN.
 
     Two plain passes: on XLA:CPU they take a tenth of jnp.argmax, whose pair of accumulators does not vectorize.
+    NaN is looked for, for a vectorized maximum may drop it.
     """
     vocab, width = x.shape[1], group_width(x.shape[1])
     best = jnp.max(x, axis=1)
     index = jnp.full((x.shape[0], width), vocab, jnp.int32)
+    strange = jnp.zeros((x.shape[0], width), bool)
     lane = jnp.arange(width, dtype=jnp.int32)[None]
     for start in range(0, vocab, width):
         part = x[:, start : start + width]
         found = jnp.where(part == best[:, None], start + lane[:, : part.shape[1]], vocab)
-        index = jnp.minimum(index, jnp.pad(found, ((0, 0), (0, width - part.shape[1])), constant_values=vocab))
-    return best.astype(jnp.float32), jnp.min(index, axis=1)
+        rest = ((0, 0), (0, width - part.shape[1]))
+        index = jnp.minimum(index, jnp.pad(found, rest, constant_values=vocab))
+        strange |= jnp.pad(part != part, rest)
+    return best.astype(jnp.float32), jnp.min(index, axis=1), jnp.any(strange, axis=1)
 
 
 def _draw(x: jax.Array, best: jax.Array, arrays: SamplingArrays, positions: jax.Array, random: jax.Array) -> jax.Array:

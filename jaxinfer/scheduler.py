@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-import numpy as np
-
 from jaxinfer.cache import CacheManager, PageCopy
 from jaxinfer.config import EngineConfig
 from jaxinfer.plan import (
@@ -38,6 +36,24 @@ _FINISH_REASONS = {
     FINISHED_NAN: FinishReason.ERROR,
 }
 _NAN_ERROR = "the model produced NaN or infinite logits for this sequence, or its masks left no token to choose"
+
+
+# What another step costs, in prefill tokens: measured on a CPU, the shipped model (docs/performance.md). Decode rows
+# that take part use the step anyway.
+STEP, STEP_ALONE = 32, 128
+
+
+def unpadded(num_tokens: int, buckets: Seq[int], step_tokens: int) -> int:
+    """How many of `num_tokens` to compute now: all, or the largest bucket below where that saves over `step_tokens`.
+
+    buckets: ascending sizes that steps are compiled for; the last one is at least `num_tokens`.
+    """
+    above = next(index for index, bucket in enumerate(buckets) if bucket >= num_tokens)
+    if buckets[above] == num_tokens or above == 0:
+        return num_tokens
+    now = buckets[above - 1]
+    later = next(bucket for bucket in buckets if bucket >= num_tokens - now)
+    return now if buckets[above] - now - later > step_tokens else num_tokens
 
 
 class Scheduler:
@@ -141,6 +157,7 @@ class Scheduler:
                 self._config.max_num_batched_tokens - len(decoding), num_preempted
             )
             if chunks:
+                self._stop_at_bucket(chunks, alone=not decoding)
                 return self._issue(decoding, 1, chunks, admissions, copies)
         num_steps = min(max_steps, self._config.loop_steps, most_left)
         if num_steps > 0:
@@ -188,6 +205,20 @@ class Scheduler:
         if self._config.chunked_prefill or num_left > self._config.max_num_batched_tokens:
             return max(0, min(num_left, budget))
         return num_left if num_left <= budget else 0
+
+    def _stop_at_bucket(self, chunks: list[Chunk], *, alone: bool) -> None:
+        """Shorten the last chunk to a bucket's edge where two smaller steps cost less than one padded one.
+
+        A step of 264 tokens would run as one of 512; 256 now and 8 in the next one, with whoever comes by then, is
+        half of that. The pages stay reserved: the next chunk needs them.
+        """
+        last = chunks[-1]
+        total = sum(chunk.length for chunk in chunks)
+        kept = last.length - (total - unpadded(total, self._config.prefill_buckets, STEP_ALONE if alone else STEP))
+        if kept == last.length or kept < 1 or not self._config.chunked_prefill:
+            return
+        last.sequence.prefill_planned -= last.length - kept
+        chunks[-1] = last._replace(length=kept, final=False)
 
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
         assert sequence.slot is not None
@@ -262,39 +293,29 @@ class Scheduler:
                 self._running.commit(chunk.sequence, chunk.start + chunk.length)
                 if chunk.final:
                     self._unpark_siblings(chunk.sequence)
-        num_rows = int(np.flatnonzero((result.tokens >= 0).any(axis=1))[-1:].sum()) + 1  # rows after it are all empty
-        columns = result.tokens[:num_rows].T.tolist()
-        codes = result.finished.tolist()
-        all_steps = tuple(range(num_rows))
         updates = []
         for slot, sequence in plan.running:
             if sequence.finish_reason is not None:
                 continue
             sequence.most_pending -= plan.num_steps
             sequence.least_pending -= plan.least_steps
-            column, code = columns[slot], codes[slot]
-            if -1 not in column:
-                steps, token_ids = all_steps, tuple(column)
-            else:
-                steps = tuple([step for step, token in enumerate(column) if token >= 0])
-                token_ids = tuple([column[step] for step in steps])
+            drawn, code = result.tokens[slot], result.finished[slot]
+            token_ids = tuple(drawn[: drawn.index(-1)] if -1 in drawn else drawn)
             sequence.tokens += token_ids
             num_rows_written = len(sequence.tokens) - 1
             if num_rows_written >= sequence.commit_at and code != FINISHED_NAN:
                 self._running.commit(sequence, num_rows_written)
             if code != RUNS:
-                updates.append(self._end_on_device(sequence, token_ids, steps, code))
+                updates.append(self._end_on_device(sequence, slot, token_ids, code))
             elif token_ids:
-                updates.append(Update(sequence, token_ids, steps, None, None))
+                updates.append(Update(sequence, slot, token_ids, None, None))
         return updates
 
-    def _end_on_device(
-        self, sequence: Sequence, token_ids: tuple[int, ...], steps: tuple[int, ...], code: int
-    ) -> Update:
+    def _end_on_device(self, sequence: Sequence, slot: int, token_ids: tuple[int, ...], code: int) -> Update:
         reason = _FINISH_REASONS[code]
         self._running.leave(sequence, stop=False, trusted=code != FINISHED_NAN)
         self._end(sequence, reason)
-        return Update(sequence, token_ids, steps, reason, _NAN_ERROR if code == FINISHED_NAN else None)
+        return Update(sequence, slot, token_ids, reason, _NAN_ERROR if code == FINISHED_NAN else None)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

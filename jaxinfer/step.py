@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxinfer import sampling
@@ -27,7 +28,7 @@ from jaxinfer.batch import (
 )
 from jaxinfer.config import ModelConfig, page_groups
 from jaxinfer.models.transformer import Transformer
-from jaxinfer.plan import FINISHED_LENGTH, FINISHED_NAN, FINISHED_STOP, RUNS
+from jaxinfer.plan import FINISHED_LENGTH, FINISHED_NAN, FINISHED_STOP, RUNS, StepResult
 from jaxinfer.request import MAX_TOP_LOGPROBS
 from pallas_kernels import attention
 from pallas_kernels.attention import Ragged
@@ -38,9 +39,24 @@ Parameters = tuple[jax.Array, ...]
 class Outcome(NamedTuple):
     """What a call tells the host. `main` is one buffer, so that one transfer answers the common case."""
 
-    main: jax.Array  # i32[steps * slots * 2 + slots]: tokens (NO_TOKEN = none), log-probabilities (f32 bits), finished
+    main: jax.Array  # i32[slots, 2 * steps + 2], see `Report`
     top_ids: jax.Array  # i32[steps, slots, MAX_TOP_LOGPROBS]
     top_logprobs: jax.Array  # f32[steps, slots, MAX_TOP_LOGPROBS]
+
+
+class Report(NamedTuple):
+    """`Outcome.main` on the host; the count comes first in every row, so that one slice holds all that is common."""
+
+    steps: int  # steps made
+    result: StepResult
+    logprob_bits: np.ndarray  # i32[slots, steps]
+
+    @classmethod
+    def read(cls, main: np.ndarray) -> Report:
+        steps, room = int(main[0, 0]), (main.shape[1] - 2) // 2
+        rows = main[:, 1 : 2 + steps].tolist()
+        finished = [row.pop(0) for row in rows]
+        return cls(steps, StepResult(rows, finished), main[:, 2 + room :])
 
 
 class Trace(NamedTuple):
@@ -80,8 +96,8 @@ class Drivers:
             return step + 1, state, trace
 
         start = (jnp.int32(0), state, _empty_trace(self.limits.loop_steps, num_slots))
-        _, state, trace = lax.while_loop(goes_on, body, start)
-        return state, _pack(trace)
+        steps, state, trace = lax.while_loop(goes_on, body, start)
+        return state, _pack(trace, steps)
 
     def mixed_step(
         self,
@@ -126,16 +142,11 @@ class Drivers:
         final_slot = jnp.where(chunks.final, chunks.slot, num_slots)
         row = row.at[final_slot].set(chunks.last_row, mode="drop")
         ends_prefill = jnp.zeros(num_slots, bool).at[final_slot].set(True, mode="drop")
-        chunk_slot = jnp.where(chunks.kv_len > 0, chunks.slot, self.limits.slots)
-        slots = replace(
-            slots,
-            kv_rows=tuple(rows.at[chunk_slot].set(chunks.kv_len, mode="drop") for rows in slots.kv_rows),
-            done=slots.done.at[final_slot].set(False, mode="drop"),
-        )
+        slots = replace(slots, done=slots.done.at[final_slot].set(False, mode="drop"))
         logits = model.unembed(hidden[row])
         trace = _empty_trace(1, num_slots)
         slots, trace = self._advance(slots, trace, jnp.int32(0), logits, decoding | ends_prefill)
-        return DeviceState(cache, slots), _pack(trace)
+        return DeviceState(cache, slots), _pack(trace, jnp.int32(1))
 
     @property
     def _control(self) -> Record:
@@ -208,7 +219,7 @@ class Drivers:
             position - slots.num_prompt[:n],
             active,
         )
-        token = jnp.where(active, drawn.tokens, NO_TOKEN)
+        token = jnp.where(active & ~drawn.bad, drawn.tokens, NO_TOKEN)
         remaining = slots.remaining[:n] - active
         finished = jnp.where(
             drawn.bad,
@@ -226,7 +237,6 @@ class Drivers:
             slots,
             tokens=slots.tokens.at[row, at].set(token, mode="drop"),
             num_tokens=slots.num_tokens.at[:n].add(active.astype(jnp.int32)),
-            kv_rows=tuple(rows.at[:n].set(jnp.where(active, position, rows[:n])) for rows in slots.kv_rows),
             counts=sampling.update_counts(slots.counts, drawn.tokens, active),
             remaining=slots.remaining.at[:n].set(remaining),
             done=slots.done.at[:n].set(slots.done[:n] | (active & (finished != RUNS))),
@@ -318,7 +328,6 @@ def _admit(slots: SlotState, edits: dict[str, jax.Array]) -> SlotState:
     return SlotState(
         tokens=put(slots.tokens, edits["tokens"]),
         num_tokens=put(slots.num_tokens, edits["num_tokens"]),
-        kv_rows=tuple(put(rows, edits["kv_rows"]) for rows in slots.kv_rows),
         page_table=tuple(put(table, edits["page_table"][:, g]) for g, table in enumerate(slots.page_table)),
         num_prompt=put(slots.num_prompt, edits["num_prompt"]),
         sampling=put(slots.sampling, edits["sampling"]),
@@ -342,7 +351,7 @@ def _empty_trace(steps: int, slots: int) -> Trace:
     )
 
 
-def _pack(trace: Trace) -> Outcome:
+def _pack(trace: Trace, steps: jax.Array) -> Outcome:
     bits = lax.bitcast_convert_type(trace.logprobs, jnp.int32)
-    main = jnp.concatenate([trace.tokens.reshape(-1), bits.reshape(-1), trace.finished])
-    return Outcome(main, trace.top_ids, trace.top_logprobs)
+    rows = jnp.stack([jnp.full_like(trace.finished, steps), trace.finished])
+    return Outcome(jnp.concatenate([rows, trace.tokens, bits]).T, trace.top_ids, trace.top_logprobs)

@@ -107,7 +107,7 @@ def _bisect(
 
     def open_rows(low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> jax.Array:
         gap = high.astype(jnp.uint32) - low.astype(jnp.uint32)  # unsigned: the keys span all 32 bits
-        return wanted & (gap > 1) & ~settled(low, at_low, at_high)
+        return wanted & (low < high) & (gap > 1) & ~settled(low, at_low, at_high)
 
     def step(state: _State) -> _State:
         low, high, at_low, at_high, is_open = state

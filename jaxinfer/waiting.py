@@ -113,6 +113,9 @@ class WaitingQueue:
 
     def next_deadline(self) -> float | None:
         """When a batch may open at the latest (the past: now), by the clock of `arrival_s`; None: nobody waits."""
+        replayed = self._batch.head()
+        if replayed is not None:
+            return replayed.arrival_s
         heads = [head for head in (heap.head() for heap in self._classes) if head is not None]
         if self._continuous or not heads:
             return None

@@ -102,7 +102,7 @@ class FakeDevice:
                 self._sample(chunk.slot, state, last, tokens[0], finished)
             else:
                 self._write(state, last)
-        return StepResult(tokens, finished)
+        return StepResult(tokens.T.tolist(), finished.tolist())
 
     def _edit(self, plan: Plan) -> None:
         for slot in plan.stops:
@@ -205,7 +205,7 @@ class Driver:
         for update in updates:
             seq_id = update.sequence.seq_id
             assert seq_id not in self.ended, "an update after the end"
-            assert len(update.steps) == len(update.token_ids)
+            assert (update.slot, update.sequence) in flight[0].running
             self.got[seq_id] += update.token_ids
             if update.finish_reason is not None:
                 self.ended[seq_id] = update.finish_reason

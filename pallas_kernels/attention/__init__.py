@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import Op
 OP = Op(
     name="attention",
     backends={
+        "llvm_cpu": "pallas_kernels.attention.llvm_cpu",
         "xla": "pallas_kernels.attention.xla",
         "reference": "pallas_kernels.attention.reference",
     },

@@ -94,9 +94,7 @@ def attend(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, XlaKV]:
     num_tokens = q.shape[0]
-    if k is not None and v is not None:
-        page, offset, _ = token_rows(ragged, num_tokens, kv.spec.page_size)
-        kv = XlaKV(_write(kv.keys, k, page, offset), _write(kv.values, v, page, offset))
+    kv = write(kv, k, v, ragged, num_tokens)
     rules = Rules(window, softcap, scale)
     decode_tokens = ragged.num_decode_seqs * ragged.width
     parts = []
@@ -114,6 +112,14 @@ def attend(
     out = jnp.where(used[..., None], weighted / jnp.where(used, total, 1.0)[..., None], 0.0)
     lse = jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
     return out.astype(q.dtype), lse, kv
+
+
+def write(kv: XlaKV, k: jax.Array | None, v: jax.Array | None, ragged: Ragged, num_tokens: int) -> XlaKV:
+    """The pages with the new rows in them; unchanged where another layer wrote them."""
+    if k is None or v is None:
+        return kv
+    page, offset, _ = token_rows(ragged, num_tokens, kv.spec.page_size)
+    return XlaKV(_write(kv.keys, k, page, offset), _write(kv.values, v, page, offset))
 
 
 def _write(pool: jax.Array, rows: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:

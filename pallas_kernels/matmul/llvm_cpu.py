@@ -7,15 +7,13 @@ weights; this reads them at about the speed of memory, where XLA:CPU reaches a t
 from __future__ import annotations
 
 import functools
-import importlib.util
-import platform as host
-import sys
 import threading
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import llvm_handler, llvm_tiles
+from pallas_kernels.matmul import llvm_operands, llvm_tiles
+from pallas_kernels.native import handler, jit
 
 TARGET_NAME = "jaxinfer_matmul_bf16_v1"  # stands in compiled programs: a new number for every change of the contract
 OUT_DTYPES = ("bfloat16", "float32")
@@ -36,7 +34,6 @@ def refuse(*, rows: int, in_size: int, out_size: int, dtype: str, out_dtype: str
     if reason is not None:
         return reason
     isa = _host_isa()
-    assert isinstance(isa, llvm_tiles.Isa), "registered without an instruction set"
     if isa.most_rows is not None and rows > isa.most_rows:
         return f"{rows} rows are more than {isa.most_rows}: arithmetic is the limit there, and XLA's dot is faster"
     return None
@@ -74,36 +71,16 @@ def run(x: jax.Array, weight: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
 @functools.cache
 def _register() -> str | None:
     """Compile for this CPU and tell XLA; returns why that is impossible, or None."""
-    if sys.platform == "win32":
-        return "it needs a POSIX system"
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed: pip install llvmlite"
-    isa = _host_isa()
-    if isinstance(isa, str):
-        return isa
-    try:
-        address = _compile(isa)
-    except RuntimeError as error:
-        return f"this llvmlite cannot compile it: {error}"
-    jax.local_devices(backend="cpu")  # before there is a client, a registration is only kept for later, unchecked
-    try:
-        jax.ffi.register_ffi_target(TARGET_NAME, jax.ffi.pycapsule(address), platform="cpu")
-    except jax.errors.JaxRuntimeError as error:
-        api = f"{llvm_handler.API_MAJOR}.{llvm_handler.API_MINOR}"
-        return f"this jaxlib does not take handlers of XLA FFI {api}: {error}"
-    return None
+    return jit.unavailable() or jit.register(TARGET_NAME, ir(_host_isa()))
 
 
-def _host_isa() -> llvm_tiles.Isa | str:
-    """The best instruction set of this machine, or why there is none."""
+def _host_isa() -> llvm_tiles.Isa:
+    """The best instruction set of this machine, which must have one."""
+    if jit.is_arm():
+        return llvm_tiles.NEON
     from llvmlite import binding
 
-    machine = host.machine().lower()
-    if machine in ("aarch64", "arm64"):
-        return llvm_tiles.NEON
     features = binding.get_host_cpu_features()
-    if machine not in ("x86_64", "amd64") or not (features.get("avx2") and features.get("fma")):
-        return f"it needs x86-64 with AVX2 and FMA, or 64-bit Arm; this is {machine} ({binding.get_host_cpu_name()})"
     if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
         if not features.get("avx512bf16"):
             return llvm_tiles.AVX512
@@ -111,29 +88,6 @@ def _host_isa() -> llvm_tiles.Isa | str:
     return llvm_tiles.AVX2
 
 
-def _compile(isa: llvm_tiles.Isa) -> int:
-    """The address of the handler's machine code, which stays for the life of the process."""
-    from llvmlite import binding
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=2
-    )
-    module = binding.parse_assembly(ir(isa))
-    module.triple = machine.triple
-    module.data_layout = str(machine.target_data)
-    module.verify()
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
-    passes.getModulePassManager().run(module, passes)
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    address = engine.get_function_address(TARGET_NAME)
-    engine.detach()  # never freed: XLA may call it until the process ends
-    return address
-
-
 def ir(isa: llvm_tiles.Isa) -> str:
     """The whole kernel as LLVM IR."""
-    handler = llvm_handler.module(TARGET_NAME, chunk_multiple=llvm_tiles.OUTS)
-    return llvm_tiles.module(isa) + handler
+    return handler.module(TARGET_NAME) + llvm_operands.module(chunk_multiple=llvm_tiles.OUTS) + llvm_tiles.module(isa)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pallas_kernels.native.code import Code, constants, round_to_bf16, splat, sum_lanes
+
 OUTS = 4  # rows of weight per tile, and vectors that one lane reduction sums at once
 NEAR_BYTES = 512  # how far ahead in its own row a weight is fetched into L1
 X_BYTES = 1 << 18  # of x that stay in a core's L2 while weights stream past
@@ -52,29 +54,6 @@ AVX2 = Isa(bf16_dot=False, lanes=8, tile_rows=2, most_rows=32)
 NEON = Isa(bf16_dot=False, lanes=4, tile_rows=4, most_rows=32)
 
 
-class Code:
-    """The lines of one IR function, with fresh value names."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def let(self, expression: str) -> str:
-        """Append `%v = expression`; returns `%v`."""
-        name = f"%v{len(self.lines)}"
-        self.lines.append(f"  {name} = {expression}")
-        return name
-
-    def do(self, *lines: str) -> None:
-        self.lines += [f"  {line}" for line in lines]
-
-    def label(self, name: str) -> None:
-        self.lines.append(f"{name}:")
-
-    def at(self, base: str, element: str, index: str | int) -> str:
-        """The address of `base[index]`."""
-        return self.let(f"getelementptr {element}, ptr {base}, i64 {index}")
-
-
 def module(isa: Isa) -> str:
     """IR of `@panel(x, w, out, rows, in, outs, out_stride, wide)`: `outs` outputs of `rows` rows.
 
@@ -94,7 +73,7 @@ def _shapes() -> list[tuple[int, int]]:
 
 
 def _declarations(isa: Isa) -> str:
-    lines = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)", "declare i64 @llvm.umax.i64(i64, i64)"]
+    lines = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"]
     mask = f"<{isa.step} x i1>"
     lines.append(f"declare {isa.halves} @llvm.masked.load.v{isa.step}i16.p0(ptr, i32, {mask}, {isa.halves})")
     if isa.bf16_dot:
@@ -133,7 +112,7 @@ def _tile(isa: Isa, rows: int, outs: int, ahead: int) -> str:
     _tail(code, isa, ws, xs)
     code.label("reduce")
     code.do(*(f"%e{i} = phi {isa.acc} [%c{i}, %rest], [%d{i}, %tail]" for i in range(count)))
-    sums = [_sum_lanes(code, [f"%e{r * outs + c}" for c in range(outs)], isa.lanes) for r in range(rows)]
+    sums = [sum_lanes(code, [f"%e{r * outs + c}" for c in range(outs)], isa.lanes) for r in range(rows)]
     _store(code, sums, outs)
     signature = "ptr noalias %x, ptr noalias %w, ptr noalias %out, i64 %in, i64 %out_stride, i1 %wide, ptr %next"
     body = "\n".join(code.lines)
@@ -181,9 +160,9 @@ def _widen(code: Code, isa: Isa, value: str, odd: bool) -> str:
     """The even (or odd) bfloat16 values as float32: a bfloat16 is the upper half of its float32."""
     words = code.let(f"bitcast {isa.halves} {value} to {isa.words}")
     if odd:
-        bits = code.let(f"and {isa.words} {words}, {_splat(-65536, isa.lanes)}")
+        bits = code.let(f"and {isa.words} {words}, {splat(-65536, isa.lanes)}")
     else:
-        bits = code.let(f"shl {isa.words} {words}, {_splat(16, isa.lanes)}")
+        bits = code.let(f"shl {isa.words} {words}, {splat(16, isa.lanes)}")
     return code.let(f"bitcast {isa.words} {bits} to {isa.acc}")
 
 
@@ -193,7 +172,7 @@ def _tail(code: Code, isa: Isa, ws: list[str], xs: list[str]) -> None:
     left = code.let("trunc i64 %left to i32")
     first = code.let(f"insertelement {vector} poison, i32 {left}, i32 0")
     limit = code.let(f"shufflevector {vector} {first}, {vector} poison, {vector} zeroinitializer")
-    mask = code.let(f"icmp ult {vector} {_constants(list(range(isa.step)))}, {limit}")
+    mask = code.let(f"icmp ult {vector} {constants(list(range(isa.step)))}, {limit}")
 
     def load(base: str) -> str:
         operands = f"ptr {code.at(base, 'i16', '%full')}, i32 2, <{isa.step} x i1> {mask}, {isa.halves} zeroinitializer"
@@ -201,31 +180,6 @@ def _tail(code: Code, isa: Isa, ws: list[str], xs: list[str]) -> None:
 
     _accumulate(code, isa, [load(w) for w in ws], [load(x) for x in xs], "c", "d")
     code.do("br label %reduce")
-
-
-def _sum_lanes(code: Code, vectors: list[str], lanes: int) -> str:
-    """`<n x float>`: the sum of each of n vectors' lanes. Lane i takes lane i + half, until one is left.
-
-    Several vectors are folded into one on the way, which leaves the additions what they are and saves shuffles.
-    """
-    held = 1  # accumulators interleaved in each vector
-    while lanes > 1 or len(vectors) > 1:
-        if lanes == 1:
-            raise AssertionError(f"{len(vectors)} vectors of one lane cannot be folded")
-        half = lanes // 2
-        paired = len(vectors) > 1
-        width = lanes * held
-        low = [s * lanes + i for s in range(held * (2 if paired else 1)) for i in range(half)]
-        folded = []
-        for first in range(0, len(vectors), 2 if paired else 1):
-            operands = f"<{width} x float> {vectors[first]}, <{width} x float> "
-            operands += vectors[first + 1] if paired else "poison"
-            a = code.let(f"shufflevector {operands}, <{len(low)} x i32> {_constants(low)}")
-            b = code.let(f"shufflevector {operands}, <{len(low)} x i32> {_constants([i + half for i in low])}")
-            folded.append(code.let(f"fadd <{len(low)} x float> {a}, {b}"))
-        vectors, lanes = folded, half
-        held *= 2 if paired else 1
-    return vectors[0]
 
 
 def _store(code: Code, sums: list[str], outs: int) -> None:
@@ -238,31 +192,9 @@ def _store(code: Code, sums: list[str], outs: int) -> None:
     code.do("ret void")
     code.label("store_narrow")
     for offset, value in zip(offsets, sums, strict=True):
-        rounded = _round_to_bf16(code, value, outs)
+        rounded = round_to_bf16(code, value, outs)
         code.do(f"store <{outs} x i16> {rounded}, ptr {code.at('%out', 'i16', offset)}, align 2")
     code.do("ret void")
-
-
-def _round_to_bf16(code: Code, value: str, count: int) -> str:
-    """Nearest even, in integers (no library call on CPUs without the instruction); NaN stays NaN."""
-    words = f"<{count} x i32>"
-    bits = code.let(f"bitcast <{count} x float> {value} to {words}")
-    upper = code.let(f"lshr {words} {bits}, {_splat(16, count)}")
-    odd = code.let(f"and {words} {upper}, {_splat(1, count)}")
-    biased = code.let(f"add {words} {bits}, {_splat(0x7FFF, count)}")
-    rounded = code.let(f"lshr {words} {code.let(f'add {words} {biased}, {odd}')}, {_splat(16, count)}")
-    quiet = code.let(f"or {words} {upper}, {_splat(0x40, count)}")
-    is_nan = code.let(f"fcmp uno <{count} x float> {value}, zeroinitializer")
-    chosen = code.let(f"select <{count} x i1> {is_nan}, {words} {quiet}, {words} {rounded}")
-    return code.let(f"trunc {words} {chosen} to <{count} x i16>")
-
-
-def _constants(values: list[int]) -> str:
-    return "<" + ", ".join(f"i32 {value}" for value in values) + ">"
-
-
-def _splat(value: int, count: int) -> str:
-    return _constants([value] * count)
 
 
 _SIGNATURE = "ptr %x, ptr %w, ptr %out, i64 %rows, i64 %in, i64 %outs, i64 %out_stride, i1 %wide"

@@ -174,7 +174,7 @@ def test_every_configuration_gives_the_same_bits(name: str, model_dir: Path, exp
     if name in ("preempting", "preempting-cached"):
         assert engine.stats().num_preemptions > 0
     if CONFIGS[name].get("prefix_caching", True) and CONFIGS[name].get("batching") != "static":
-        assert engine.stats().cached_prompt_tokens > 0
+        assert 0 < engine.stats().cached_prompt_tokens <= engine.stats().prompt_tokens
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -355,6 +355,29 @@ def test_a_failed_call_costs_time_not_requests(
         assert tokens_of(got[key]) == tokens_of(events), key
 
 
+def test_any_exception_while_dispatching_is_recovered_from(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model_dir, BASE)
+    dispatch, failures = engine._dispatch, [MemoryError("no memory"), OverflowError("too large")]
+
+    def failing(plan):
+        if failures:
+            raise failures.pop()
+        return dispatch(plan)
+
+    monkeypatch.setattr(engine, "_dispatch", failing)
+    assert len(tokens_of(run(engine, [Request("a", (1, 2, 3), greedy())])["a", 0])) == 24
+    assert engine.stats().num_failed_calls == 2
+
+
+def test_a_name_is_free_once_its_end_was_told(engine: Engine) -> None:
+    engine.add(Request("again", (1, 2, 3), greedy()))
+    engine.abort("again")
+    with pytest.raises(RequestError, match="'again' is in use"):
+        engine.add(Request("again", (1, 2, 3), greedy()))
+    assert [event.finish_reason for event in engine.step()] == [FinishReason.ABORT]
+    assert len(tokens_of(run(engine, [Request("again", (1, 2, 3), greedy())])["again", 0])) == 24
+
+
 def test_a_call_that_always_fails_ends_its_requests(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model_dir, BASE)
     real = engine._dispatch
@@ -380,6 +403,7 @@ def test_nan_ends_its_own_request_only(model_dir: Path, expected: dict) -> None:
     got = run(engine, [*requests[:2], Request("bad", (1, 2, bad), greedy()), *requests[2:]])
     assert got["bad", 0][-1].finish_reason is FinishReason.ERROR
     assert "NaN" in (got["bad", 0][-1].error or "")
+    assert not tokens_of(got["bad", 0]) and got["bad", 0][-1].num_generated_tokens == 0
     for request in requests:
         assert tokens_of(got[request.request_id, 0]) == tokens_of(expected[request.request_id, 0])
 
@@ -388,6 +412,7 @@ def test_options_that_cannot_be_honoured_are_refused(model_dir: Path) -> None:
     for changes, words in (
         ({"max_model_len": 1000}, "max_model_len=1000 is over the model's 512 positions"),
         ({"kv_memory_bytes": 20_000}, "one sequence of max_model_len=256 needs"),
+        ({"page_size": 48}, "no fast attention kernel takes .*page_size 48 must divide 128"),
         ({"chunked_prefill": False}, "needs max_num_batched_tokens of at least max_model_len=256, not 64"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -69,6 +72,69 @@ def test_leaving_a_stream_frees_its_slot(llm: LLM) -> None:
         break
     assert not llm.engine.has_work()
     llm.engine.check()
+
+
+def test_open_streams_share_the_engine(llm: LLM) -> None:
+    alone = [llm.generate(prompt, GREEDY, progress=False)[0].outputs[0].text for prompt in PROMPTS]
+    first, second = llm.stream(PROMPTS[0], GREEDY), llm.stream(PROMPTS[1], GREEDY)
+    texts = [next(first).text, next(second).text]
+    [between] = llm.generate(PROMPTS[2], GREEDY, progress=False)
+    texts = [text + "".join(event.text for event in rest) for text, rest in zip(texts, (first, second), strict=True)]
+    assert [*texts, between.outputs[0].text] == alone
+    llm.engine.check()
+
+
+def test_threads_share_the_engine(llm: LLM) -> None:
+    alone = [llm.generate(prompt, GREEDY, progress=False)[0].outputs[0].text for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = list(pool.map(lambda prompt: llm.generate(prompt, GREEDY, progress=False), PROMPTS))
+    assert [result.outputs[0].text for [result] in together] == alone
+    llm.engine.check()
+
+
+def test_ctrl_c_takes_effect_between_steps_and_leaves_the_engine_usable(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = llm.engine.step, []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)  # in the middle of a step, as far as the caller can tell
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, replace(GREEDY, max_tokens=200), progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler and not llm.engine.has_work()
+    llm.engine.check()
+    assert len(llm.generate(PROMPTS[0], GREEDY, progress=False)[0].outputs[0].token_ids) == 24
+
+
+def test_min_tokens_holds_stop_strings_back(llm: LLM) -> None:
+    [plain] = llm.generate(PROMPTS[0], GREEDY, progress=False)
+    stop = llm.engine.tokenizer.decode(plain.outputs[0].token_ids[:2])
+    [held] = llm.generate(PROMPTS[0], replace(GREEDY, stop=(stop,), min_tokens=2), progress=False)
+    assert held.outputs[0].text.startswith(stop) and len(held.outputs[0].token_ids) >= 2
+    [early] = llm.generate(PROMPTS[0], replace(GREEDY, stop=(stop,)), progress=False)
+    assert early.outputs[0].text == "" and len(early.outputs[0].token_ids) <= 2
+
+
+def test_arrays_and_iterables_are_prompts(llm: LLM) -> None:
+    ids = llm.engine.tokenizer.encode(PROMPTS[0])
+    [by_array] = llm.generate(np.array(ids), GREEDY, progress=False)
+    results = llm.generate((prompt for prompt in [ids, PROMPTS[0]]), GREEDY, progress=False)
+    assert [result.outputs[0].token_ids for result in results] == [by_array.outputs[0].token_ids] * 2
+    for prompts, words in (
+        (b"abc", "is bytes"),
+        (["x", b"abc"], r"prompts\[1\].*neither text"),
+        (["\ud800"], r"prompts\[0\]"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            llm.generate(prompts, GREEDY, progress=False)
+    with pytest.raises(RequestError, match="is not a SamplingParams"):
+        llm.generate("x", [{"max_tokens": 3}], progress=False)
 
 
 def test_bad_input_names_the_prompt_and_runs_nothing(llm: LLM) -> None:

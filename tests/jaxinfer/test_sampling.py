@@ -459,6 +459,17 @@ def test_poisoned_rows_are_flagged(fields: dict, poison: float, where: int) -> N
     assert result.tokens[1] == run([good, good]).tokens[0]
 
 
+@pytest.mark.parametrize(("vocab", "slots"), [(100, 2), (512, 16), (4096, 2), (4096, 16)])
+def test_nan_is_flagged_wherever_it_lies(vocab: int, slots: int) -> None:
+    """A vectorized maximum drops NaN, and which lanes it drops depends on the shape; x86's own NaN is negative."""
+    for fields in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+        for nan in (np.float32(np.nan), -np.float32(np.nan)):
+            rows = [Row(random_logits(i, vocab=vocab), params(**fields)) for i in range(slots)]
+            for slot, row in enumerate(rows[1:], start=1):
+                row.logits[slice(None) if slot == 1 else (slot * 37) % vocab] = nan
+            assert run_exactly(rows).bad.tolist() == [False] + [True] * (slots - 1)
+
+
 def test_nothing_left_to_choose_is_flagged() -> None:
     nothing = params(temperature=0.0, allowed_token_ids=STOP_IDS, min_tokens=1)
     result = run([Row(random_logits(0), nothing), Row(random_logits(0), nothing, num_generated=1)])

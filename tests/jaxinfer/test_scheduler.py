@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduler_sim import Driver, least_pages, make_request
 
+from jaxinfer import scheduler
 from jaxinfer.config import BATCHING, EngineConfig
 from jaxinfer.request import FinishReason, Priority, QueueFullError, Request, RequestError, SamplingParams
 
@@ -41,7 +42,8 @@ def request_of(name: str, prompt: list[int] | int, max_tokens: int | None = 8, *
 
 
 @pytest.mark.parametrize("batching", BATCHING)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("step_cost", [0, 32])  # 0: chunks are cut at every bucket's edge
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32),
     windows=st.sampled_from([(None,), (6,), (None, 5), (3, 9)]),
@@ -52,7 +54,9 @@ def request_of(name: str, prompt: list[int] | int, max_tokens: int | None = 8, *
     chunked_prefill=st.booleans(),
 )
 def test_random_schedules_give_every_request_its_tokens(
+    monkeypatch: pytest.MonkeyPatch,
     batching: str,
+    step_cost: int,
     seed: int,
     windows: tuple[int | None, ...],
     extra_pages: int,
@@ -61,6 +65,8 @@ def test_random_schedules_give_every_request_its_tokens(
     prefix_caching: bool,
     chunked_prefill: bool,
 ) -> None:
+    monkeypatch.setattr(scheduler, "STEP", step_cost)
+    monkeypatch.setattr(scheduler, "STEP_ALONE", step_cost)
     rng = random.Random(seed)
     driver = driver_of(
         windows,
@@ -209,6 +215,36 @@ def test_a_long_prompt_is_chunked_and_decoding_goes_on_beside_it() -> None:
     driver.drain(100)
     driver.check_answers()
     assert long.num_cached == 0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "step_tokens", "now"),
+    [
+        (264, 128, 256),  # 256 and 32 instead of 512
+        (264, 32, 256),
+        (383, 128, 383),  # 256 and 128 save as much as a step costs
+        (383, 32, 256),
+        (400, 32, 400),
+        (512, 0, 512),
+        (20, 0, 20),
+        (140, 32, 128),
+        (140, 128, 140),
+    ],
+)
+def test_a_step_stops_at_a_bucket_where_that_saves_more_than_a_step(
+    num_tokens: int, step_tokens: int, now: int
+) -> None:
+    assert scheduler.unpadded(num_tokens, (32, 64, 128, 256, 512), step_tokens) == now
+
+
+def test_the_last_chunk_of_a_step_is_cut_at_a_bucket() -> None:
+    config = config_of(max_num_batched_tokens=512, min_prefill_bucket=32, max_num_seqs=2)
+    driver = Driver(config, (None,), [400], 600)
+    driver.add(request_of("long", 264, max_tokens=4))
+    driver.drain(100)
+    chunks = [[(c.start, c.length, c.final) for c in plan.chunks] for plan in driver.plans if plan.chunks]
+    assert chunks == [[(0, 256, False)], [(256, 8, True)]]
+    driver.check_answers()
 
 
 def test_without_chunked_prefill_a_prompt_waits_until_it_fits_whole() -> None:

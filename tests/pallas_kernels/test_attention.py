@@ -35,8 +35,10 @@ class Case:
     gaps: bool = False  # rows whose positions were thinned by eviction
     tree: bool = False
     dtype: str = "float32"
+    kv_dtype: str | None = None  # of the pages, where it is another one
 
 
+BACKENDS = [name for name in attention.OP.backends if name != "reference"]
 CASES = {
     "decode": Case(decode=(1, 5, 130, 0, 257)),
     "decode-mha": Case(decode=(3, 129), q_heads=2, kv_heads=2),
@@ -70,6 +72,11 @@ CASES = {
     "mixed": Case(decode=(17, 0, 129), prefill=((130, 70), (0, 3)), padding=5),
     "mixed-window": Case(decode=(17, 0, 129), prefill=((130, 70), (0, 3)), padding=5, window=10),
     "mixed-bf16": Case(decode=(17, 0, 129), prefill=((130, 70),), dtype="bfloat16"),
+    "decode-head-256": Case(decode=(40, 200), head_dim=256, dtype="bfloat16"),
+    "decode-group-7": Case(decode=(40, 200), q_heads=7, kv_heads=1, page_size=32),
+    "prefill-short-ones": Case(prefill=((0, 3), (20, 1), (0, 2), (33, 9)), padding=3, page_size=4),
+    "prefill-head-96": Case(prefill=((5, 40),), head_dim=96, window=17, page_size=8),
+    "mixed-bf16-pages": Case(decode=(17, 129), prefill=((130, 70),), kv_dtype="bfloat16", sinks=True),
     "mixed-width": Case(decode=(17, 0, 129), prefill=((130, 70),), width=2),
 }
 
@@ -153,8 +160,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
 
 
 def run(backend: str, case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    spec = KVSpec(case.kv_heads, case.head_dim, case.page_size, jnp.dtype(case.dtype))
-    kv = attention.allocate(spec, len(inputs.pages), backend=backend)
+    kv = attention.allocate(spec_of(case), len(inputs.pages), backend=backend)
     everything = jnp.arange(len(inputs.pages))
     kv = attention.write_pages(kv, everything, jnp.asarray(inputs.pages))
     call = jax.jit(lambda q, k, v, kv, ragged: attention.attend(q, k, v, kv, ragged, **inputs.options))
@@ -162,13 +168,24 @@ def run(backend: str, case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarra
     return np.asarray(out, np.float32), np.asarray(lse), np.asarray(attention.read_pages(kv, everything), np.float32)
 
 
-def check(case: Case, seed: int = 0) -> None:
+def spec_of(case: Case) -> KVSpec:
+    return KVSpec(case.kv_heads, case.head_dim, case.page_size, jnp.dtype(case.kv_dtype or case.dtype))
+
+
+def skip_if_refused(backend: str, case: Case) -> None:
+    refusal = attention.OP.refusals(spec=spec_of(case))[backend]
+    if refusal is not None:
+        pytest.skip(refusal)
+
+
+def check(backend: str, case: Case, seed: int = 0) -> None:
+    skip_if_refused(backend, case)
     inputs = build(case, seed)
     expected_out, expected_lse, expected_pages = run("reference", case, inputs)
-    out, lse, pages = run("xla", case, inputs)
+    out, lse, pages = run(backend, case, inputs)
     assert np.isfinite(expected_out).all()
     # float32: reassociated sums of up to some hundred terms; bfloat16: weights are rounded to 8 bits before the values
-    tolerance = 2e-5 if case.dtype == "float32" else 2e-2
+    tolerance = 2e-5 if case.dtype == "float32" and case.kv_dtype is None else 2e-2
     np.testing.assert_allclose(out, expected_out, atol=tolerance, rtol=tolerance)
     np.testing.assert_allclose(lse, expected_lse, atol=tolerance, rtol=tolerance)
     np.testing.assert_array_equal(pages[1:], expected_pages[1:])  # page 0 is trash
@@ -176,11 +193,13 @@ def check(case: Case, seed: int = 0) -> None:
     assert (written >= inputs.owned[1:]).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_case(name: str) -> None:
-    check(CASES[name])
+def test_case(name: str, backend: str) -> None:
+    check(backend, CASES[name])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=12)
 @given(
     decode=st.lists(st.integers(0, 150), max_size=3),
@@ -191,7 +210,7 @@ def test_case(name: str) -> None:
     padding=st.integers(0, 3),
     seed=st.integers(0, 1000),
 )
-def test_any_mix(decode, prefill, heads, page_size, window, padding, seed) -> None:
+def test_any_mix(backend, decode, prefill, heads, page_size, window, padding, seed) -> None:
     case = Case(
         decode=tuple(decode),
         prefill=tuple(prefill),
@@ -202,16 +221,18 @@ def test_any_mix(decode, prefill, heads, page_size, window, padding, seed) -> No
         padding=padding,
     )
     if any(decode) or any(n for _, n in prefill):
-        check(case, seed)
+        check(backend, case, seed)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (8, 1)], ids=["gqa", "mha", "mqa"])
 @pytest.mark.parametrize("window", [None, 50])
-def test_bits_do_not_depend_on_the_batch(heads: tuple[int, int], window: int | None) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [("xla", "float32"), ("llvm_cpu", "float32"), ("llvm_cpu", "bfloat16")])
+def test_bits_do_not_depend_on_the_batch(backend: str, dtype: str, heads: tuple[int, int], window: int | None) -> None:
     """A token's output is bit-identical decoded alone, decoded among others, or prefilled in any chunk."""
-    base = Case(q_heads=heads[0], kv_heads=heads[1], window=window, prefill=((0, 300),))
+    base = Case(q_heads=heads[0], kv_heads=heads[1], window=window, dtype=dtype, prefill=((0, 300),))
+    skip_if_refused(backend, base)
     inputs = build(base)
-    out, _, pages = run("xla", base, inputs)
+    out, _, pages = run(backend, base, inputs)
     for before, queries in ((299, 1), (170, 130), (250, 50), (128, 172)):
         chunk = replace(base, prefill=((before, queries),))
         rest = replace(inputs, pages=pages, q=inputs.q[before:], k=inputs.k[before:], v=inputs.v[before:])
@@ -220,7 +241,7 @@ def test_bits_do_not_depend_on_the_batch(heads: tuple[int, int], window: int | N
             q_start=jnp.asarray([0, queries], jnp.int32),
             q_position=inputs.ragged.q_position[before:],
         )
-        np.testing.assert_array_equal(run("xla", chunk, rest)[0], out[before:])
+        np.testing.assert_array_equal(run(backend, chunk, rest)[0], out[before:])
     last = replace(inputs, pages=pages)
     for slots in (1, 2, 5):
         last.q, last.k, last.v = (jnp.concatenate([x[299:]] * slots) for x in (inputs.q, inputs.k, inputs.v))
@@ -231,7 +252,7 @@ def test_bits_do_not_depend_on_the_batch(heads: tuple[int, int], window: int | N
             q_position=jnp.full(slots, 299, jnp.int32),
             num_decode_seqs=slots,
         )
-        np.testing.assert_array_equal(run("xla", base, last)[0][0], out[299])
+        np.testing.assert_array_equal(run(backend, base, last)[0][0], out[299])
 
 
 def test_partials_merge_by_lse() -> None:
@@ -251,18 +272,19 @@ def test_partials_merge_by_lse() -> None:
     np.testing.assert_allclose(top, lse, atol=2e-5)
 
 
-def test_shared_kv_reads_what_another_layer_wrote() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_kv_reads_what_another_layer_wrote(backend: str) -> None:
     case = Case(prefill=((0, 40),))
     inputs = build(case)
-    out, _, pages = run("xla", case, inputs)
-    again = run("xla", case, replace(inputs, k=None, v=None, pages=pages))[0]
+    out, _, pages = run(backend, case, inputs)
+    again = run(backend, case, replace(inputs, k=None, v=None, pages=pages))[0]
     np.testing.assert_array_equal(again, out)
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_page_operations(backend: str) -> None:
-    kv = attention.allocate(KVSpec(2, 8, 4, jnp.float32), 6, backend=backend)
-    values = np.random.default_rng(0).standard_normal((2, 4, 2, 2, 8)).astype(np.float32)
+    kv = attention.allocate(KVSpec(2, 16, 4, jnp.float32), 6, backend=backend)
+    values = np.random.default_rng(0).standard_normal((2, 4, 2, 2, 16)).astype(np.float32)
     kv = attention.write_pages(kv, jnp.array([3, 1]), jnp.asarray(values))
     np.testing.assert_array_equal(attention.read_pages(kv, jnp.array([1, 3])), values[::-1])
     kv = attention.copy_pages(kv, jnp.array([3]), jnp.array([5]))
@@ -276,7 +298,7 @@ def test_refusals_name_the_value() -> None:
     with pytest.raises(BackendError, match="page_size 48 must divide 128"):
         attention.allocate(KVSpec(2, 8, 48, jnp.float32), 4, backend="xla")
     assert attention.allocate(KVSpec(2, 8, 48, jnp.float32), 4).backend == "reference"
-    with pytest.raises(BackendError, match="'flash' is not one of auto, xla, reference"):
+    with pytest.raises(BackendError, match="'flash' is not one of auto, llvm_cpu, xla, reference"):
         attention.allocate(KVSpec(2, 8, 16), 4, backend="flash")
     inputs = build(CASES["decode"])
     kv = attention.allocate(KVSpec(3, 16, 16, jnp.float32), 4)

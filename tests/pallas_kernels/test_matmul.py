@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import BackendError
-from pallas_kernels.matmul import OP, llvm_cpu, llvm_handler, llvm_tiles, matmul
+from pallas_kernels.matmul import OP, llvm_cpu, llvm_tiles, matmul
+from pallas_kernels.native import handler, jit
 
 ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 33)
 SHAPES = ((1, 1), (31, 3), (70, 13), (64, 8), (513, 1030), (2048, 64))  # (in, out): tails, one chunk, several chunks
@@ -86,7 +87,7 @@ def test_portable_instructions_agree_with_float64(isa: str, monkeypatch: pytest.
     """The float32 variants of the kernel; LLVM compiles any vector width for any CPU."""
     target = f"test_matmul_{isa.lower()}"
     monkeypatch.setattr(llvm_cpu, "TARGET_NAME", target)
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(llvm_cpu._compile(getattr(llvm_tiles, isa))), platform="cpu")
+    assert jit.register(target, llvm_cpu.ir(getattr(llvm_tiles, isa))) is None
     x, weight = operands(9, 77, 530)
     products = [llvm_cpu.run(x[:rows], weight, out_dtype=jnp.dtype(jnp.float32)) for rows in (9, 4, 1)]
     wanted = exact(x, weight)
@@ -243,13 +244,13 @@ def test_without_llvmlite_xla_serves_and_the_refusal_says_how_to_get_it(monkeypa
 
 
 def test_a_cpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llvm_cpu.host, "machine", lambda: "riscv64")
+    monkeypatch.setattr(jit.host, "machine", lambda: "riscv64")
     assert "needs x86-64 with AVX2 and FMA, or 64-bit Arm; this is riscv64" in str(llvm_cpu._register.__wrapped__())
 
 
 @needs_native
 def test_another_ffi_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llvm_handler, "API_MINOR", 99)
+    monkeypatch.setattr(handler, "API_MINOR", 99)
     monkeypatch.setattr(llvm_cpu, "TARGET_NAME", "test_matmul_future_api")
     assert "does not take handlers of XLA FFI 0.99" in str(llvm_cpu._register.__wrapped__())
 

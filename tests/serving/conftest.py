@@ -79,7 +79,7 @@ class FakeEngine:
         request.check(
             vocab_size=VOCAB_SIZE,
             max_model_len=self.max_model_len,
-            num_eos_ids=0,
+            eos_token_ids=(),
             has_tokenizer=self.tokenizer is not None,
         )
 

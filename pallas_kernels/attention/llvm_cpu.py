@@ -1,0 +1,114 @@
+"""Native paged attention for CPUs: machine code made at run time by llvmlite reads K/V where it lies.
+
+Its pages are those of the `xla` backend, and what it cannot do (tree drafts, rows with gaps, soft cap) runs there on
+the same pages. XLA gathers pages before it multiplies, which costs several times the reading.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import KVSpec, Ragged, llvm_rows, xla
+from pallas_kernels.native import handler, jit
+
+TARGET_NAME = "jaxinfer_attention_v1"  # stands in compiled programs: a new number for every change of the contract
+DTYPES = ("bfloat16", "float32")
+TILE_ROWS = 64  # query rows (tokens times group) of a prefill tile: their state stays in L2 while pages stream past
+
+_registration = threading.Lock()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values"), meta_fields=())
+@dataclass(frozen=True)
+class NativeKV(xla.XlaKV):
+    """K and V pages, each `[pages, kv_heads, page_size, head_dim]`."""
+
+    @property
+    def backend(self) -> str:
+        return "llvm_cpu"
+
+
+def refuse(*, spec: KVSpec) -> str | None:
+    """None, or why these pages cannot be served. Compiles the kernel when nothing else speaks against it."""
+    dtype = jnp.dtype(spec.dtype).name
+    if jax.default_backend() != "cpu":
+        return f"it is for CPUs, the platform is {jax.default_backend()}"
+    if dtype not in DTYPES:
+        return f"K/V dtype {dtype} is not one of {', '.join(DTYPES)}"
+    if spec.head_dim % llvm_rows.LANES:
+        return f"head_dim {spec.head_dim} must be a multiple of {llvm_rows.LANES}"
+    if spec.page_size % llvm_rows.KEYS:
+        return f"page_size {spec.page_size} must be a multiple of {llvm_rows.KEYS}"
+    with _registration:
+        return xla.refuse(spec=spec) or _register()
+
+
+@functools.cache
+def _register() -> str | None:
+    """Compile for this CPU and tell XLA; returns why that is impossible, or None."""
+    return jit.unavailable() or jit.register(TARGET_NAME, handler.module(TARGET_NAME) + llvm_rows.module())
+
+
+def allocate(spec: KVSpec, num_pages: int) -> NativeKV:
+    return _native(xla.allocate(spec, num_pages))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    kv: NativeKV,
+    ragged: Ragged,
+    *,
+    window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, NativeKV]:
+    plain = softcap is None and ragged.ancestors is None and ragged.kv_position is None
+    if not plain or q.dtype.name not in DTYPES:
+        out, lse, written = xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
+        return out, lse, _native(written)
+    kv = _native(xla.write(kv, k, v, ragged, q.shape[0]))
+    group = q.shape[1] // kv.spec.kv_heads
+    settings = np.array([ragged.num_decode_seqs, ragged.width, window or 0, max(1, TILE_ROWS // group), 0], np.int32)
+    settings[4:].view(np.float32)[0] = scale
+    sums = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
+    out_dtype = q.dtype if sinks is None else jnp.float32
+    call = jax.ffi.ffi_call(TARGET_NAME, (jax.ShapeDtypeStruct(q.shape, out_dtype), sums, sums))
+    rows = (ragged.page_table, ragged.q_start, ragged.kv_len, ragged.q_position)
+    out, highest, total = call(q, kv.keys, kv.values, *(x.astype(jnp.int32) for x in rows), settings)
+    used = total != 0
+    lse = jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
+    if sinks is not None:
+        without, lse = lse, jnp.where(used, jnp.logaddexp(lse, sinks[None, :]), -jnp.inf)
+        out = jnp.where(used[..., None], out * jnp.exp(without - lse)[..., None], 0.0).astype(q.dtype)
+    return out, lse, kv
+
+
+def _native(kv: xla.XlaKV) -> NativeKV:
+    return NativeKV(kv.keys, kv.values)
+
+
+def read_pages(kv: NativeKV, pages: jax.Array) -> jax.Array:
+    return xla.read_pages(kv, pages)
+
+
+def write_pages(kv: NativeKV, pages: jax.Array, values: jax.Array) -> NativeKV:
+    return _native(xla.write_pages(kv, pages, values))
+
+
+def copy_pages(kv: NativeKV, source: jax.Array, target: jax.Array) -> NativeKV:
+    return _native(xla.copy_pages(kv, source, target))
+
+
+def move_rows(kv: NativeKV, source: Any, target: Any) -> NativeKV:
+    return _native(xla.move_rows(kv, source, target))

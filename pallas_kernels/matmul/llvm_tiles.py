@@ -15,7 +15,8 @@ OUTS = 4  # rows of weight per tile, and vectors that one lane reduction sums at
 NEAR_BYTES = 512  # how far ahead in its own row a weight is fetched into L1
 X_BYTES = 1 << 18  # of x that stay in a core's L2 while weights stream past
 LEAST_ROWS = 16  # of x at a time, however long its rows are: fewer would read weights too often
-L1, L2 = 3, 2  # localities of llvm.prefetch
+MANY_BLOCKS = 9  # row blocks from which on arithmetic is the limit: weights are fetched at leisure
+L1 = 3  # locality of llvm.prefetch
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def module(isa: Isa) -> str:
 def _shapes() -> list[tuple[int, int]]:
     """(outs, ahead) of the tiles: `ahead` is how many rows of the next tile are fetched while this one is computed.
 
-    With n row blocks a tile is walked n times, so each walk has to fetch 1/n of the next one.
+    With n row blocks a tile is walked n times, so 1/n of the next one per walk is enough; with few blocks, where
+    memory is the limit, more is better, though walks then fetch the same rows again.
     """
     return [(1, 0), (OUTS, 1), (OUTS, 2), (OUTS, OUTS)]
 
@@ -96,10 +98,10 @@ def _tile(isa: Isa, rows: int, outs: int, ahead: int) -> str:
     code.do("%k = phi i64 [0, %entry], [%k_next, %loop]")
     code.do(*(f"%a{i} = phi {isa.acc} [zeroinitializer, %entry], [%b{i}, %loop]" for i in range(count)))
     for target in nexts:
-        _prefetch(code, code.at(target, "i16", "%k"), L2)
-    if outs > 1:
+        _prefetch(code, code.at(target, "i16", "%k"))
+    if ahead > 1:
         for w in ws:
-            _prefetch(code, code.at(code.at(w, "i16", "%k"), "i8", NEAR_BYTES), L1)
+            _prefetch(code, code.at(code.at(w, "i16", "%k"), "i8", NEAR_BYTES))
     load = lambda base: code.let(f"load {isa.halves}, ptr {code.at(base, 'i16', '%k')}, align 2")
     _accumulate(code, isa, [load(w) for w in ws], [load(x) for x in xs], "a", "b")
     code.do(f"%k_next = add i64 %k, {isa.step}", "%more = icmp ult i64 %k_next, %full")
@@ -130,8 +132,8 @@ def _row_pointers(code: Code, base: str, count: int) -> list[str]:
     return pointers[:count]
 
 
-def _prefetch(code: Code, pointer: str, locality: int) -> None:
-    code.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {locality}, i32 1)")
+def _prefetch(code: Code, pointer: str) -> None:
+    code.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {L1}, i32 1)")
 
 
 def _accumulate(code: Code, isa: Isa, ws: list[str], xs: list[str], old: str, new: str) -> None:
@@ -244,7 +246,7 @@ entry:
   %rows_up = add i64 %rows, {isa.tile_rows - 1}
   %blocks = udiv i64 %rows_up, {isa.tile_rows}
   %one_block = icmp eq i64 %blocks, 1
-  %many_blocks = icmp uge i64 %blocks, {OUTS}
+  %many_blocks = icmp uge i64 %blocks, {MANY_BLOCKS}
   %some = select i1 %many_blocks, i64 1, i64 2
   %ahead = select i1 %one_block, i64 {OUTS}, i64 %some
   %value_bytes = select i1 %wide, i64 4, i64 2

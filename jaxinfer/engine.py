@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ import numpy as np
 from jaxinfer import memory
 from jaxinfer.batch import DeviceState, Packer, empty_state, kv_spec, limits_of
 from jaxinfer.cache import CacheManager
-from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, default_compilation_cache, page_groups
+from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, page_groups
 from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
 from jaxinfer.models.transformer import merger
 from jaxinfer.output import CompletionStream, Logprobs
 from jaxinfer.plan import Plan, Sequence
-from jaxinfer.programs import Programs, Shape
+from jaxinfer.programs import Programs, Shape, enable_compilation_cache
 from jaxinfer.request import FinishReason, Request, RequestError, TokenEvent
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.step import Drivers, Outcome, Report
@@ -91,7 +90,7 @@ class Engine:
         self.model_dir = Path(model_dir)
         self.model: ModelConfig = load_config(self.model_dir)
         self.tokenizer = Tokenizer.load(self.model_dir)
-        _enable_compilation_cache(config)
+        enable_compilation_cache(config)
         self.max_model_len = memory.max_model_len(self.model, config)
         self.num_pages = memory.pages_per_group(self.model, config, self.max_model_len)
         _check_attention(self.model, config)
@@ -167,6 +166,11 @@ class Engine:
             return 0.0
         deadline = self._scheduler.next_deadline()
         return 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a device call takes longer than `watchdog_s` right now. Any thread may ask."""
+        return self._watchdog.is_overdue
 
     # ---- the loop
 
@@ -377,23 +381,3 @@ def _mix(value: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return (z ^ (z >> 31)) >> 1
-
-
-_cache_lock = threading.Lock()
-
-
-def _enable_compilation_cache(config: EngineConfig) -> None:
-    """jax's persistent cache is one per process: the first engine's directory wins, another one is an error."""
-    if config.compilation_cache_dir == "":
-        return
-    wanted = str(config.compilation_cache_dir or default_compilation_cache())
-    with _cache_lock:
-        current = jax.config.jax_compilation_cache_dir
-        if current is None:
-            jax.config.update("jax_compilation_cache_dir", wanted)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-        elif config.compilation_cache_dir is not None and current != wanted:
-            raise ConfigError(
-                f"compilation_cache_dir={wanted!r}: this process already uses {current!r}; leave it out or use that"
-            )

@@ -1,19 +1,21 @@
-"""The compiled programs of an engine: a declared, printable set, and the counting of any compile outside it."""
+"""The compiled programs of an engine: a declared, printable set, kept on disk, and the counting of strays."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxinfer.batch import DeviceState, Packer
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import ConfigError, EngineConfig, default_compilation_cache
 from jaxinfer.step import Drivers, Outcome, Parameters
 
 MIN_MIXED_SLOTS = 16  # below that a prefill hardly notices its decode rows, and each program costs seconds to compile
@@ -113,3 +115,37 @@ class Programs:
             driver = partial(self._drivers.decode_loop, num_slots=shape.num_slots)
             arguments = (*self._abstract, self._buffers[0])
         return jax.jit(driver, donate_argnums=1).lower(*arguments).compile()
+
+
+_cache_lock = threading.Lock()
+
+
+def enable_compilation_cache(config: EngineConfig) -> None:
+    """Let jax keep compiled programs on disk. Its cache is one per process: the first engine's directory wins.
+
+    ConfigError for another directory than that, or one given that cannot be written; without the default one the
+    engine starts all the same, and says so.
+    """
+    if config.compilation_cache_dir == "":
+        return
+    given = config.compilation_cache_dir
+    wanted = Path(given) if given else default_compilation_cache()
+    with _cache_lock:
+        current = jax.config.jax_compilation_cache_dir
+        if current is not None:
+            if given is not None and current != str(wanted):
+                raise ConfigError(
+                    f"compilation_cache_dir={given!r}: this process already uses {current!r}; leave it out or use that"
+                )
+            return
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=wanted).close()
+        except OSError as error:
+            if given is not None:
+                raise ConfigError(f"compilation_cache_dir={given!r} cannot be written: {error}") from error
+            log.warning("compiled programs are not kept: %s cannot be written: %s", wanted, error)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(wanted))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -31,6 +31,12 @@ class Watchdog:
         finally:
             self._started = None
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the body of `watch` takes longer than the limit right now."""
+        started = self._started
+        return self._limit_s > 0 and started is not None and time.monotonic() - started[0] > self._limit_s
+
     def close(self) -> None:
         self._closed.set()
 
@@ -38,7 +44,7 @@ class Watchdog:
         reported = None
         while not self._closed.wait(self._limit_s / 4):
             started = self._started
-            if started is not None and started is not reported and time.monotonic() - started[0] > self._limit_s:
+            if started is not None and started is not reported and self.is_overdue:
                 reported = started
                 self.num_reports += 1
                 log.error("device call %s has not returned for %.0f s", started[1], time.monotonic() - started[0])

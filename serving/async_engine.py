@@ -164,6 +164,11 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a device call takes longer than `watchdog_s` right now."""
+        return self._engine is not None and self._engine.is_stuck
+
     async def next_state(self, seen: State) -> State:
         """The state, once it differs from `seen`."""
         while self._state is seen:

@@ -1,9 +1,12 @@
-"""grpc.health.v1, derived from the engine's state: SERVING when it is READY, otherwise NOT_SERVING.
+"""grpc.health.v1, derived from the engine's state: SERVING when it is READY and no device call hangs.
 
 There is no status to set, hence none to forget; a watcher that reads slowly holds up nobody else.
 """
 
 from __future__ import annotations
+
+import asyncio
+import contextlib
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -11,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving.async_engine import AsyncEngine, State
 
 Context = grpc.aio.ServicerContext
+LOOK_S = 1.0  # between looks for a hanging device call
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
@@ -42,8 +46,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
                 sent = status
             if state in (State.STOPPED, State.DEAD):
                 return
-            await self._engine.next_state(state)
+            with contextlib.suppress(TimeoutError):  # a hanging device call is no change of state
+                await asyncio.wait_for(self._engine.next_state(state), LOOK_S)
 
     def _status(self) -> health_pb2.HealthCheckResponse.ServingStatus:
-        ready = self._engine.state is State.READY
+        ready = self._engine.state is State.READY and not self._engine.is_stuck
         return health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
+from jaxinfer import programs
 from jaxinfer.batch import DeviceState, PagedCache
 from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.engine import Engine, _Flight
@@ -406,6 +408,22 @@ def test_nan_ends_its_own_request_only(model_dir: Path, expected: dict) -> None:
     assert not tokens_of(got["bad", 0]) and got["bad", 0][-1].num_generated_tokens == 0
     for request in requests:
         assert tokens_of(got[request.request_id, 0]) == tokens_of(expected[request.request_id, 0])
+
+
+def test_a_compilation_cache_that_cannot_be_written_is_refused_if_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    below, updates = tmp_path / "file" / "below", []
+    config = SimpleNamespace(jax_compilation_cache_dir=None, update=lambda *change: updates.append(change))
+    monkeypatch.setattr(programs, "jax", SimpleNamespace(config=config))
+    monkeypatch.setattr(programs, "default_compilation_cache", lambda: below)
+    with pytest.raises(ConfigError, match=r"compilation_cache_dir='.*below' cannot be written"):
+        programs.enable_compilation_cache(EngineConfig(compilation_cache_dir=str(below)))
+    programs.enable_compilation_cache(EngineConfig())
+    assert "compiled programs are not kept" in caplog.text and not updates
+    programs.enable_compilation_cache(EngineConfig(compilation_cache_dir=str(tmp_path / "new")))
+    assert ("jax_compilation_cache_dir", str(tmp_path / "new")) in updates
 
 
 def test_options_that_cannot_be_honoured_are_refused(model_dir: Path) -> None:

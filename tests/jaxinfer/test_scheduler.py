@@ -470,3 +470,15 @@ def test_results_must_come_in_order_and_calls_do_not_pile_up() -> None:
         scheduler.plan(max_steps=2)
     with pytest.raises(AssertionError, match="order"):
         scheduler.apply(plans[1], driver.device.run(plans[0]))
+
+
+def test_a_replayed_batch_does_not_wait_for_company() -> None:
+    driver = driver_of(batching="dynamic", max_batch_wait_s=100.0, max_num_seqs=4)
+    driver.add(request_of("a", 4, max_tokens=5))
+    driver.now_s += 101
+    driver.step()
+    driver.reset()
+    deadline_s = driver.scheduler.next_deadline()
+    assert deadline_s is not None and deadline_s <= driver.now_s
+    driver.drain(100)
+    driver.check_answers()

@@ -18,7 +18,8 @@ def test_reports_a_call_that_does_not_return(monkeypatch: pytest.MonkeyPatch) ->
         assert reported.wait(30)
         reported.clear()
         assert not reported.wait(0.2), "the same call was reported twice"
-    assert dog.num_reports == 1
+        assert dog.is_overdue
+    assert dog.num_reports == 1 and not dog.is_overdue
     dog.close()
 
 

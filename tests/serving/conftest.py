@@ -64,6 +64,7 @@ class FakeEngine:
         self.add_error: Exception | None = None
         self.completion_error: str | None = None
         self.idle = 0.0
+        self.is_stuck = False
         self.pace_s = pace_s  # how long a step takes
         self.num_steps = 0
         self.aborted: list[str] = []

@@ -33,19 +33,19 @@ def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tu
     token_bytes = kv_spec(model, config).token_bytes
     page_bytes = [token_bytes * config.page_size * len(group.layers) for group in groups]
     per_sequence = [_pages_per_sequence(group, config, length) for group in groups]
-    wanted = [config.max_num_seqs * pages for pages in per_sequence]
+    least = [pages + 2 for pages in per_sequence]  # with the trash page and one to copy from
+    more = [(config.max_num_seqs - 1) * pages for pages in per_sequence]
+    least_bytes, more_bytes = (
+        sum(pages * size for pages, size in zip(counts, page_bytes, strict=True)) for counts in (least, more)
+    )
     budget = config.kv_memory_bytes if config.kv_memory_bytes is not None else _device_memory_bytes() // 4
-    total = sum(pages * size for pages, size in zip(wanted, page_bytes, strict=True))
-    share = min(1.0, budget / total)
-    num_pages = tuple(2 + math.floor(share * pages) for pages in wanted)
-    for group, pages, least in zip(groups, num_pages, per_sequence, strict=True):
-        if pages < least + 2:
-            needed = sum((least + 2) * size for least, size in zip(per_sequence, page_bytes, strict=True))
-            raise ConfigError(
-                f"kv_memory_bytes={budget}: layers with window {group.window} get {pages - 2} pages, but one sequence "
-                f"of max_model_len={length} needs {least}; give {needed * 2} bytes or lower max_model_len"
-            )
-    return num_pages
+    if budget < least_bytes:
+        raise ConfigError(
+            f"kv_memory_bytes={budget} is too little: one sequence of max_model_len={length} needs {least_bytes} "
+            "bytes; give at least that many or lower max_model_len"
+        )
+    spare = min(budget - least_bytes, more_bytes)
+    return tuple(few + many * spare // max(1, more_bytes) for few, many in zip(least, more, strict=True))
 
 
 def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int) -> int:

@@ -15,6 +15,11 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from jaxinfer.config import ConfigError
+from jaxinfer.request import RequestError
+
+MAX_TOKEN_IDS = 2**24  # a table by id has an entry for every id up to the largest
+
 
 class IncrementalDecoder(Protocol):
     """Ids in, text out, in linear time. The pieces and the flush, joined, are decode() of all ids."""
@@ -29,47 +34,46 @@ class IncrementalDecoder(Protocol):
 
 
 class Tokenizer:
-    """The tokenizer of a Hugging Face model directory: its tokenizer.json, and the special ids its configs name."""
+    """The tokenizer of a Hugging Face model directory: its tokenizer.json."""
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        *,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-    ):
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
         tokenizer.no_truncation()  # some files carry their training's settings, which would cut prompts silently
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._decoders = _decoder_types(json.loads(tokenizer.to_str()).get("decoder"))
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
 
     @classmethod
     def load(cls, model_dir: Path | str) -> Tokenizer | None:
-        """Read model_dir/tokenizer.json; None when there is none. ValueError names a file that cannot be read."""
+        """Read model_dir/tokenizer.json; None when there is none. ConfigError names a file that cannot be used."""
         path = Path(model_dir) / "tokenizer.json"
         if not path.is_file():
             return None
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer this project can read: {error}") from error
-        ids = {name: _special_id(Path(model_dir), tokenizer, name) for name in ("bos", "eos")}
-        return cls(tokenizer, bos_token_id=ids["bos"], eos_token_id=ids["eos"])
+            raise ConfigError(f"{path} is not a tokenizer this project can read: {error}") from error
+        if (vocab_size := _vocab_size(tokenizer)) > MAX_TOKEN_IDS:
+            raise ConfigError(f"{path} has token id {vocab_size - 1}; ids must be below {MAX_TOKEN_IDS}")
+        return cls(tokenizer)
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id. A model's own vocabulary may be padded beyond it."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return _vocab_size(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of the text, with the tokens (such as BOS) that tokenizer.json puts around it unless told not to."""
+        """Ids of the text, with the tokens (such as BOS) that tokenizer.json puts around it unless told not to.
+
+        Other threads run meanwhile. Raises RequestError for text that is not valid Unicode.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"text has a lone surrogate at position {error.start}: it is not valid Unicode") from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            raise RequestError(
+                "prompt", f"text has a lone surrogate at position {error.start}: it is not valid Unicode"
+            ) from error
+        # not encode(), which keeps every other thread waiting for the interpreter until it returns
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; invalid UTF-8 becomes U+FFFD, ids past the vocabulary become nothing."""
@@ -110,29 +114,8 @@ class Tokenizer:
         ]
 
 
-def _special_id(model_dir: Path, tokenizer: tokenizers.Tokenizer, name: str) -> int | None:
-    """The id of the `bos` or `eos` token: named in tokenizer_config.json, else numbered in config.json, else None."""
-    token = _read_json(model_dir / "tokenizer_config.json").get(f"{name}_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if isinstance(token, str):
-        return tokenizer.token_to_id(token)
-    token_id = _read_json(model_dir / "config.json").get(f"{name}_token_id")
-    if isinstance(token_id, list):
-        token_id = token_id[0] if token_id else None
-    return token_id
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def _vocab_size(tokenizer: tokenizers.Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _decoder_types(decoder: dict[str, Any] | None) -> frozenset[str]:

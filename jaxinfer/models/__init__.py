@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config import ConfigError, ModelConfig
-from jaxinfer.models.hugging_face import Fields
+from jaxinfer.models.hugging_face import Fields, without_duplicates
 
 # Hugging Face architecture name -> "module:config function"; the module's WEIGHTS maps our names to theirs.
 ARCHITECTURES: dict[str, str] = {
@@ -67,15 +67,15 @@ def _with_generation_config(config: ModelConfig, path: Path) -> ModelConfig:
         return config
     fields = Fields(_read_object(path))
     try:
-        more = fields.token_ids("eos_token_id", config.vocab_size)
+        end_tokens = fields.token_ids("eos_token_id", config.vocab_size, config.eos_token_ids)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
+    return dataclasses.replace(config, eos_token_ids=end_tokens)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a Hugging Face model directory holds one") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ import numpy as np
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models import weight_name
+from jaxinfer.models.hugging_face import without_duplicates
 from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
 
 SINGLE_FILE = "model.safetensors"
@@ -35,6 +37,7 @@ SOURCE_DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
 }
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 8
 _IGNORED = re.compile(r".*\brotary_emb\.inv_freq")  # derived from config.json; old files carry it
 _FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack", ".npz")
 _CHUNK_BYTES = 4 << 20  # read and converted at once, per thread
@@ -98,7 +101,7 @@ def load_parameters(
 
 def _find_tensors(directory: Path, files: ExitStack) -> dict[str, _Tensor]:
     """Every tensor of the directory by name; the opened files are closed by `files`."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"model directory {directory} does not exist or is not a directory")
     if os.path.lexists(directory / SINGLE_FILE):
         return _read_header(_open(directory / SINGLE_FILE, files))
@@ -127,7 +130,7 @@ def _read_shards(directory: Path, files: ExitStack) -> dict[str, _Tensor]:
     """The tensors of every shard that the index names, checked against the index both ways."""
     weight_map = _read_index(directory / INDEX_FILE)
     shard_names = sorted(set(weight_map.values()))
-    absent = [name for name in shard_names if not (directory / name).is_file()]
+    absent = [name for name in shard_names if not os.path.isfile(directory / name)]
     if absent:
         raise CheckpointError(f"{directory / INDEX_FILE} names shards that are not there: {_some(absent)}")
     tensors: dict[str, _Tensor] = {}
@@ -167,7 +170,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _open(path: Path, files: ExitStack) -> FileIO:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is not a file, or a link to one that is gone")
     try:
         return files.enter_context(FileIO(str(path)))
@@ -210,10 +213,14 @@ def _tensor(name: str, entry: Any, file: FileIO, data_start: int) -> _Tensor:
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(
-            f"tensor {name!r} in {file.name} needs dtype, shape and data_offsets, has {entry!r}"
+            f"tensor {name!r} in {file.name} needs dtype, shape and data_offsets, has {reprlib.repr(entry)}"
         ) from None
-    if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(code, str) or end < begin:
-        raise CheckpointError(f"tensor {name!r} in {file.name} has an impossible header entry: {entry!r}")
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not whole or len(shape) > MAX_DIMENSIONS or not isinstance(code, str) or end < begin:
+        raise CheckpointError(
+            f"tensor {name!r} in {file.name} has an impossible header entry: {reprlib.repr(entry)}; it may have "
+            f"{MAX_DIMENSIONS} dimensions, and numbers from 0 to 2**63 - 1"
+        )
     if code in SOURCE_DTYPES:
         expected = math.prod(shape) * SOURCE_DTYPES[code].itemsize
         if end - begin != expected:
@@ -240,16 +247,7 @@ def _check_layout(tensors: list[_Tensor], file: FileIO, data_start: int, file_by
 
 
 def _parse_json(data: bytes) -> Any:
-    return json.loads(data, object_pairs_hook=_without_duplicates)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"duplicate key {name!r}")
-        found[name] = value
-    return found
+    return json.loads(data, object_pairs_hook=without_duplicates)
 
 
 # ---- what the model needs

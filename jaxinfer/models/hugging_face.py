@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ConfigError, LayerSpec, Llama3Scaling, ModelConfig, RopeSpec
+from jaxinfer.request import MAX_STOP_TOKEN_IDS
 
 # Fields that cannot change what a decoder computes at inference.
 IRRELEVANT = frozenset(
@@ -65,11 +66,25 @@ FIXED: Mapping[str, Any] = {
 }
 
 
-class Fields:
-    """The fields of one config.json; remembers what was read so that `finish` can refuse the rest."""
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (`object_pairs_hook`); ValueError where a key comes twice, of which json keeps the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate key {name!r}")
+        found[name] = value
+    return found
 
-    def __init__(self, hf: Mapping[str, Any]):
+
+class Fields:
+    """The fields of one JSON object, config.json's own or one inside it, whose name then is the `prefix` of theirs.
+
+    Remembers what was read so that `finish` can refuse the rest.
+    """
+
+    def __init__(self, hf: Mapping[str, Any], prefix: str = ""):
         self._hf = hf
+        self._prefix = prefix
         self._read: set[str] = set()
 
     def get(self, name: str) -> Any:
@@ -81,12 +96,10 @@ class Fields:
         return name in self._hf
 
     def integer(self, name: str, default: int | None = None) -> int:
-        value = self.get(name)
-        return _integer(name, self._required(name) if value is None and default is None else value, default)
+        return _integer(self._prefix + name, self._required(name, default))
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name)
-        return _number(name, self._required(name) if value is None and default is None else value, default)
+        return _number(self._prefix + name, self._required(name, default))
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self.get(name)
@@ -101,17 +114,20 @@ class Fields:
         for name, only in expected.items():
             value = self.get(name)
             if value is not None and value != only:
-                choice = "its absence" if only is None else f"{name}={only!r}"
-                raise ConfigError(f"{name}={value!r} is not supported; supported: {choice}")
+                choice = "its absence" if only is None else f"{self._prefix}{name}={only!r}"
+                raise ConfigError(f"{self._prefix}{name}={value!r} is not supported; supported: {choice}")
 
-    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """One id or a list of ids; absent or null is none."""
+    def token_ids(self, name: str, vocab_size: int, before: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The ids `before` and then the field's, each once: one id or a list; absent or null is none."""
         value = self.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise ConfigError(f"{name}={value!r} must be token ids in [0, vocab_size={vocab_size})")
-        return tuple(ids)
+                raise ConfigError(f"{name}={_short(value)} must be token ids in [0, vocab_size={vocab_size})")
+        found = tuple(dict.fromkeys([*before, *ids]))
+        if len(found) > MAX_STOP_TOKEN_IDS:
+            raise ConfigError(f"{name} makes {len(found)} ids; a request has room for {MAX_STOP_TOKEN_IDS} stop ids")
+        return found
 
     def rope(self) -> RopeSpec:
         """Rotary embedding: transformers 5's `rope_parameters`, or `rope_theta` beside `rope_scaling` before that."""
@@ -125,31 +141,34 @@ class Fields:
                 f"rope_parameters={given['rope_parameters']} and rope_scaling={given['rope_scaling']} differ"
             )
         name, table = next(iter(given.items()), ("rope_parameters", {}))
-        inner = Fields(table)
-        thetas = [value for value in (inner.get("rope_theta"), self.get("rope_theta")) if value is not None]
-        if len(set(thetas)) > 1:
-            raise ConfigError(f"rope_theta={thetas[1]} and {name}.rope_theta={thetas[0]} differ")
-        theta = _number("rope_theta", thetas[0] if thetas else None, 10000.0)
+        inner = Fields(table, prefix=f"{name}.")
+        outer_theta = self.number("rope_theta", 10000.0)
+        theta = inner.number("rope_theta", outer_theta)
+        if theta != outer_theta and self.get("rope_theta") is not None:
+            raise ConfigError(f"rope_theta={outer_theta} and {name}.rope_theta={theta} differ")
         if theta <= 0:
             raise ConfigError(f"rope_theta={theta} must be positive")
         scaled = _is_llama3(inner, name)
         inner.fixed({"partial_rotary_factor": 1.0})
         scaling = _llama3(inner, name) if scaled else None
-        inner.finish(prefix=f"{name}.")
+        inner.finish()
         return RopeSpec(theta, scaling)
 
-    def finish(self, prefix: str = "") -> None:
+    def finish(self) -> None:
         """Refuse every field that nothing read and that is not known to be irrelevant."""
         unread = sorted(set(self._hf) - self._read - IRRELEVANT)
         if unread:
-            fields = ", ".join(f"{prefix}{name}={_short(self._hf[name])}" for name in unread)
+            fields = ", ".join(f"{self._prefix}{name}={_short(self._hf[name])}" for name in unread)
             raise ConfigError(
                 f"unknown field {fields}: it may change what the model computes, so it is refused; "
-                f"supported: {', '.join(prefix + name for name in sorted(self._read))}"
+                f"supported: {', '.join(self._prefix + name for name in sorted(self._read))}"
             )
 
-    def _required(self, name: str) -> Any:
-        raise ConfigError(f"{name} is missing")
+    def _required(self, name: str, default: float | None) -> Any:
+        value = self.get(name)
+        if value is None and default is None:
+            raise ConfigError(f"{self._prefix}{name} is missing")
+        return default if value is None else value
 
 
 def decoder_config(
@@ -157,13 +176,20 @@ def decoder_config(
     fields: Fields,
     windows: tuple[int | None, ...],
 ) -> ModelConfig:
-    """The fields that Llama and its relatives share; `windows` has one entry per layer. Ends with `finish`."""
+    """The fields that Llama and its relatives share; `windows` has one entry per layer. Ends with `finish`.
+
+    A window that no sequence can outgrow is none, so that its layers share pages with those that see all tokens.
+    """
     fields.fixed(FIXED)
     embed_size, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     vocab_size = fields.integer("vocab_size")
     if q_heads < 1 or (fields.get("head_dim") is None and embed_size % q_heads):
         raise ConfigError(f"hidden_size={embed_size} is not a multiple of num_attention_heads={q_heads}; give head_dim")
-    rope = fields.rope()
+    rope, max_position = fields.rope(), fields.integer("max_position_embeddings")
+    windows = tuple(None if window is not None and window >= max_position else window for window in windows)
+    norm_eps = fields.number("rms_norm_eps")
+    if norm_eps < 0:
+        raise ConfigError(f"rms_norm_eps={norm_eps} must not be negative")
     bos = fields.token_ids("bos_token_id", vocab_size)
     config = ModelConfig(
         architecture=architecture,
@@ -173,9 +199,9 @@ def decoder_config(
         q_heads=q_heads,
         kv_heads=fields.integer("num_key_value_heads", q_heads),
         head_dim=fields.integer("head_dim", embed_size // q_heads),
-        norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=norm_eps,
         tie_embeddings=fields.boolean("tie_word_embeddings", False),
-        max_position=fields.integer("max_position_embeddings"),
+        max_position=max_position,
         layers=tuple(LayerSpec(window=window, rope=rope) for window in windows),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
@@ -202,8 +228,9 @@ def _llama3(inner: Fields, name: str) -> Llama3Scaling:
         high_freq_factor=inner.number("high_freq_factor"),
         original_max_position=inner.integer("original_max_position_embeddings"),
     )
-    if scaling.factor <= 0 or scaling.original_max_position < 1:
-        raise ConfigError(f"{name}: factor={scaling.factor} and original_max_position_embeddings must be positive")
+    for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if (value := inner.number(field)) <= 0:
+            raise ConfigError(f"{name}.{field}={value} must be positive")
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise ConfigError(
             f"{name}: high_freq_factor={scaling.high_freq_factor} must be over "
@@ -212,20 +239,22 @@ def _llama3(inner: Fields, name: str) -> Llama3Scaling:
     return scaling
 
 
-def _integer(name: str, value: Any, default: int | None) -> int:
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} must be a whole number")
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**63:
+        raise ConfigError(f"{name}={_short(value)} must be a whole number below 2**63")
     return value
 
 
-def _number(name: str, value: Any, default: float | None) -> float:
-    value = default if value is None else value
+def _number(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} must be a number")
-    if not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} must be finite")
-    return float(value)
+        raise ConfigError(f"{name}={_short(value)} must be a number")
+    try:
+        number = float(value)
+    except OverflowError:  # an int that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{name}={_short(value)} must be finite")
+    return number
 
 
 def _short(value: Any) -> str:

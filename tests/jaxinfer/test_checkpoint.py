@@ -247,6 +247,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_header(lambda header: header[K_PROJ].update(data_offsets=[-128, 0])),
         rf"'{K_PROJ}' in .* has an impossible header entry",
     ),
+    "many dimensions": (
+        edit_header(lambda header: header[K_PROJ].update(shape=[2**62] * 100_000)),
+        rf"'{K_PROJ}' in .* has an impossible header entry: .{{,300}}; it may have 8 dimensions",
+    ),
+    "vast offset": (
+        edit_header(lambda header: header[K_PROJ].update(data_offsets=[0, 10**4300 - 1], dtype="I64")),
+        rf"'{K_PROJ}' in .* has an impossible header entry",
+    ),
     "no dtype": (edit_header(lambda header: header[K_PROJ].pop("dtype")), rf"'{K_PROJ}' in .* needs dtype, shape"),
     "no object": (edit_header(lambda header: header.update({K_PROJ: 3})), rf"'{K_PROJ}' in .* needs dtype, shape"),
     "header too long": (
@@ -342,6 +350,10 @@ INDEX_DEFECTS: dict[str, tuple[Callable[[Path, dict[str, str]], None], str]] = {
     "pickle shard": (
         lambda directory, weights: write_index(directory, weights | {K_PROJ: "pytorch_model.bin"}),
         r"in 'pytorch_model\.bin'; it must be a \*\.safetensors file",
+    ),
+    "long name": (
+        lambda directory, weights: write_index(directory, weights | {K_PROJ: "a" * 5000 + ".safetensors"}),
+        r"index\.json names shards that are not there: a+\.safetensors",
     ),
     "number": (lambda directory, weights: write_index(directory, weights | {K_PROJ: 3}), r"in 3; it must be"),
     "wrong shard": (

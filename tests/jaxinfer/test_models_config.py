@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from jaxinfer.config import ConfigError, Llama3Scaling, ModelConfig
+from jaxinfer.config import ConfigError, Llama3Scaling, ModelConfig, page_groups
 from jaxinfer.models import ARCHITECTURES, load_config, weight_name
 from jaxinfer.models.transformer import abstract_parameters
 
@@ -35,7 +35,8 @@ def read(tmp_path: Path, architecture: str = "LlamaForCausalLM", generation: Any
     hf = {"architectures": [architecture]} | SMALL | fields
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in hf.items() if v is not ...}))
     if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        text = generation if isinstance(generation, str) else json.dumps(generation)
+        (tmp_path / "generation_config.json").write_text(text)
     return load_config(tmp_path)
 
 
@@ -93,7 +94,16 @@ def test_unscaled_rope(tmp_path: Path, fields: dict[str, Any]) -> None:
 def test_mistral_windows(tmp_path: Path) -> None:
     assert windows(read(tmp_path, "MistralForCausalLM", sliding_window=16)) == [16] * 4
     assert windows(read(tmp_path, "MistralForCausalLM", sliding_window=None)) == [None] * 4
-    assert windows(read(tmp_path, "MistralForCausalLM")) == [4096] * 4  # transformers' default
+    default = read(tmp_path, "MistralForCausalLM", max_position_embeddings=8192)
+    assert windows(default) == [4096] * 4  # transformers' default
+
+
+@pytest.mark.parametrize(("window", "expected"), [(127, 127), (128, None), (129, None), (2**31, None), (10**12, None)])
+def test_a_window_that_no_sequence_outgrows_is_none(tmp_path: Path, window: int, expected: int | None) -> None:
+    assert windows(read(tmp_path, "MistralForCausalLM", sliding_window=window)) == [expected] * 4
+    mixed = read(tmp_path, "MinistralForCausalLM", sliding_window=window, layer_types=WINDOWED)
+    assert windows(mixed) == [expected, None, None, expected]
+    assert len(page_groups(mixed)) == (1 if expected is None else 2)
 
 
 def test_ministral_layer_types(tmp_path: Path) -> None:
@@ -110,6 +120,7 @@ def test_ministral_layer_types(tmp_path: Path) -> None:
         (2, None, (2,)),
         ([2, 3], None, (2, 3)),
         (2, {"eos_token_id": [4, 2, 5]}, (2, 4, 5)),
+        ([3] * 20, {"eos_token_id": [*range(15)]}, (3, 0, 1, 2, *range(4, 15))),
         (None, {"eos_token_id": 7, "temperature": 0.6, "do_sample": True}, (7,)),
         (..., {}, ()),
     ],
@@ -150,16 +161,31 @@ def test_fields_that_cannot_matter_are_ignored(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.rope_type='linear'.*default, llama3"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters\.rope_type='yarn'.*default, llama3"),
         ({"rope_scaling": {"rope_type": "default", "type": "llama3"}}, r"rope_type='default' .*'llama3' differ"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, r"factor is missing"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, r": rope_scaling\.factor is missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, r"rope_scaling\.factor='8' must be a number"),
         ({"rope_scaling": LLAMA3 | {"rope_type": "llama3", "beta": 1}}, r"unknown field rope_scaling\.beta=1"),
         ({"rope_scaling": LLAMA3 | {"type": "llama3", "high_freq_factor": 1.0}}, r"high_freq_factor=1\.0 must be over"),
         ({"rope_scaling": LLAMA3 | {"type": "llama3", "factor": 0}}, r"factor=0\.0 .*positive"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "low_freq_factor": -1}}, r"\.low_freq_factor=-1\.0 .*positive"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "low_freq_factor": 0}}, r"\.low_freq_factor=0\.0 .*positive"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "high_freq_factor": -4}}, r"\.high_freq_factor=-4\.0 .*positive"),
+        (
+            {"rope_scaling": LLAMA3 | {"type": "llama3", "original_max_position_embeddings": 10**400}},
+            r"rope_scaling\.original_max_position_embeddings=10+\.\.\. must be a whole number below 2\*\*63",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "default"}}, r"differ"),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, r"rope_theta=500000\.0 .*differ"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         ({"rope_parameters": []}, r"rope_parameters=\[\] must be an object"),
         ({"rope_theta": float("nan")}, r"rope_theta=nan must be finite"),
         ({"rope_theta": -1.0}, r"rope_theta=-1\.0 must be positive"),
+        ({"rope_theta": [10000.0]}, r"rope_theta=\[10000\.0\] must be a number"),
+        ({"rope_theta": {"a": 1}}, r"rope_theta=\{'a': 1\} must be a number"),
+        ({"rope_scaling": {"rope_theta": [1e4]}, "rope_theta": 1e4}, r"rope_scaling\.rope_theta=\[10000\.0\] must be"),
+        ({"rope_parameters": {"rope_theta": {"a": 1}}}, r"rope_parameters\.rope_theta=\{'a': 1\} must be a number"),
+        ({"rope_theta": 10**400}, r"rope_theta=10+\.\.\. must be finite"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps=10+\.\.\. must be finite"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps=-1\.0 must not be negative"),
         ({"vocab_size": ...}, r"vocab_size is missing"),
         ({"hidden_size": "64"}, r"hidden_size='64' must be a whole number"),
         ({"rms_norm_eps": None}, r"rms_norm_eps is missing"),
@@ -169,6 +195,7 @@ def test_fields_that_cannot_matter_are_ignored(tmp_path: Path) -> None:
         ({"tie_word_embeddings": 1}, r"tie_word_embeddings=1 must be true or false"),
         ({"eos_token_id": 100}, r"eos_token_id=100 .*vocab_size=100"),
         ({"eos_token_id": [1, "x"]}, r"eos_token_id=\[1, 'x'\]"),
+        ({"eos_token_id": [*range(17)]}, r"eos_token_id makes 17 ids; a request has room for 16 stop ids"),
         (
             {"architectures": ["GPT2LMHeadModel"]},
             r"'GPT2LMHeadModel' is not supported; supported: .*MistralForCausalLM",
@@ -215,6 +242,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "config.json")
     with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id=100"):
         read(tmp_path, generation={"eos_token_id": 100})
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id makes 17 ids; .* 16 stop ids"):
+        read(tmp_path, generation={"eos_token_id": [*range(17)]})
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id makes 18 ids; .* 16 stop ids"):
+        read(tmp_path, generation={"eos_token_id": [*range(9)]}, eos_token_id=[*range(50, 59)])
+    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read as JSON: duplicate key 'a'"):
+        read(tmp_path, generation='{"a": 1, "a": 1}')
+    for text in ('{"vocab_size": 1, "vocab_size": 2}', '{"rope_scaling": {"vocab_size": 1, "vocab_size": 1}}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON: duplicate key 'vocab_size'"):
+            load_config(tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -14,9 +14,10 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxinfer.config import ConfigError, EngineConfig, shipped_model
 from jaxinfer.request import RequestError
@@ -36,45 +37,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     _choose_platform()
     args.progress = Progress()
     try:
-        if getattr(args, "model", None) is not None and not Path(args.model).is_dir():
-            raise ConfigError(f"model directory {str(args.model)!r} does not exist")
-        return args.func(args)
+        if getattr(args, "model", None) is not None:
+            _check_model(args.model)
+        code = args.func(args)
+        print(end="", flush=True)  # so that a stdout which nobody reads is an error here
+        return code
     except KeyboardInterrupt:
         return _fail(args, "interrupted", 130)
-    except (ConfigError, RequestError) as error:
-        if debug:
-            raise
-        return _fail(args, str(error), 2)
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            _discard(sys.stdout)  # or the interpreter would fail to flush it at exit
         if debug:
-            raise
-        return _fail(args, str(error) or type(error).__name__, 1)
+            _to_stderr(traceback.format_exc())
+        return _fail(
+            args, str(error) or type(error).__name__, 2 if isinstance(error, (ConfigError, RequestError)) else 1
+        )
 
 
 class Progress:
-    """What the user sees while waiting, on stderr: `update` overwrites one line of a terminal, `say` leaves a line."""
+    """What the user sees while waiting, on stderr: `update` overwrites one line of a terminal, `say` leaves a line.
+
+    Nothing is raised when stderr cannot be written: requests matter more than who watches.
+    """
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._shown = False
-        self._tty = sys.stderr.isatty()
+        self._tty = sys.stderr is not None and sys.stderr.isatty()
 
     def update(self, text: str) -> None:
         """Show `text` until the next call; nothing where stderr is no terminal."""
         if self._tty:
             self._shown = True
-            print(f"\r\x1b[2K{text[:100]}", end="", file=sys.stderr, flush=True)
+            _to_stderr(f"\r\x1b[2K{text[:100]}")
 
     def clear(self) -> None:
         """Take the last update away."""
         if self._shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            _to_stderr("\r\x1b[2K")
             self._shown = False
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
         self.clear()
-        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=sys.stderr, flush=True)
+        _to_stderr(f"[{time.monotonic() - self._start:6.1f} s] {text}\n")
 
 
 # ---- commands ----
@@ -112,8 +118,6 @@ def _serve(args: argparse.Namespace) -> int:
         )
     )
     if not ended:  # a compile or a device call holds the engine thread; interpreter shutdown would wait for it
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
     return 0
 
@@ -206,6 +210,14 @@ def _model() -> argparse.ArgumentParser:
     return model
 
 
+def _check_model(model: str) -> None:
+    if not model:
+        raise ConfigError("MODEL is empty; name a model directory, or leave it out for the shipped model")
+    if not Path(model).is_dir():
+        what = "is not a directory" if Path(model).exists() else "does not exist"
+        raise ConfigError(f"model directory {model!r} {what}")
+
+
 def _choose_platform() -> None:
     """Without a TPU, an installed libtpu would search for one for minutes: leave it out, unless told otherwise."""
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
@@ -218,8 +230,25 @@ def _choose_platform() -> None:
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:
     args.progress.clear()
-    print(f"jaxinfer {args.command}: error: {message}", file=sys.stderr)
+    _to_stderr(f"jaxinfer {args.command}: error: {message}\n")
     return code
+
+
+def _to_stderr(text: str) -> None:
+    """Write and flush; from the first failure on, what is written to stderr is dropped."""
+    if sys.stderr is None:  # closed before the start
+        return
+    try:
+        print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is and will be written to `stream` go nowhere."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, TypedDict, Unpack
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxinfer.request import FinishReason, Priority, SamplingParams
+from jaxinfer.request import FinishReason, Priority, RequestError, SamplingParams
 from serving import wire
 from serving.answers import Chunk, Completion, GenerateResult, ModelInfo, Usage, chunk_of, model_info_of, result_of
 from serving.errors import (
@@ -25,10 +26,12 @@ from serving.errors import (
     InferenceError,
     InternalError,
     InvalidRequestError,
+    MessageTooLargeError,
     NotFoundError,
     RequestCancelledError,
     UnavailableError,
     exception_of,
+    refusal_of,
 )
 from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 from serving.protos.jaxinfer.v1 import inference_pb2_grpc
@@ -47,6 +50,7 @@ __all__ = [
     "InferenceError",
     "InternalError",
     "InvalidRequestError",
+    "MessageTooLargeError",
     "ModelInfo",
     "NotFoundError",
     "Priority",
@@ -59,6 +63,7 @@ __all__ = [
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 16 * 2**20
 RECONNECT_S = 0.1
+LONGEST_S = 1e8  # three years; gRPC's clock overflows at a few hundred
 
 Prompt = str | Sequence[int]  # text, or token ids
 
@@ -74,7 +79,10 @@ class RequestOptions(TypedDict, total=False):
 
 
 class Client:
-    """A synchronous client; safe to share between threads. A `timeout_s` of None leaves the limit to the server."""
+    """A synchronous client; safe to share between threads. A `timeout_s` of None leaves the limit to the server.
+
+    Every method raises InferenceError when its call does not succeed; TypeError for what is no request at all.
+    """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None):
         self._timeout_s = timeout_s
@@ -114,7 +122,7 @@ class Client:
     ) -> Iterator[Chunk]:
         """Pieces of the completions as they are made; leaving the iterator cancels the request."""
         request = _request(prompt, sampling, options)
-        call = self._stub.GenerateStream(request, timeout=self._limit(timeout_s))
+        call = self._begin(self._stub.GenerateStream, request, self._limit(timeout_s))
         try:
             for message in call:
                 yield chunk_of(message)
@@ -125,14 +133,14 @@ class Client:
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True, timeout_s: float | None = None) -> list[int]:
         """Token ids of `text`."""
-        request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        request = _message(pb.TokenizeRequest, text=text, add_special_tokens=add_special_tokens)
         return list(self._call("Tokenize", request, timeout_s).token_ids)
 
     def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout_s: float | None = None
     ) -> str:
         """Text of `token_ids`."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        request = _message(pb.DetokenizeRequest, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         return self._call("Detokenize", request, timeout_s).text
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
@@ -141,15 +149,15 @@ class Client:
 
     def abort(self, request_id: str, *, timeout_s: float | None = None) -> bool:
         """End a running request by its name; False when none has that name."""
-        return self._call("Abort", pb.AbortRequest(request_id=request_id), timeout_s).aborted
+        return self._call("Abort", _message(pb.AbortRequest, request_id=request_id), timeout_s).aborted
 
     def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when the server takes requests; DeadlineError when it does not within `timeout_s`."""
         end = time.monotonic() + timeout_s
         while True:
             try:
-                left_s = max(0.001, end - time.monotonic())
-                watch = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=left_s, wait_for_ready=True)
+                left_s = min(max(0.001, end - time.monotonic()), LONGEST_S)
+                watch = self._begin(self._health.Watch, health_pb2.HealthCheckRequest(), left_s, wait_for_ready=True)
                 if any(message.status == health_pb2.HealthCheckResponse.SERVING for message in watch):
                     watch.cancel()
                     return
@@ -162,12 +170,19 @@ class Client:
 
     def _call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=self._limit(timeout_s))
+            return self._begin(getattr(self._stub, method), request, self._limit(timeout_s))
         except grpc.RpcError as error:
             raise exception_of(error) from None
 
+    def _begin(self, method: Callable[..., Any], request: Message, timeout_s: float | None, **options: Any) -> Any:
+        try:
+            return method(request, timeout=timeout_s, **options)
+        except ValueError:
+            raise _closed() from None
+
     def _limit(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return None if limit_s is None else min(limit_s, LONGEST_S)
 
 
 class AsyncClient:
@@ -211,7 +226,7 @@ class AsyncClient:
     ) -> AsyncIterator[Chunk]:
         """Pieces of the completions as they are made; closing the iterator cancels the request."""
         request = _request(prompt, sampling, options)
-        call = self._stub.GenerateStream(request, timeout=self._limit(timeout_s))
+        call = self._begin(self._stub.GenerateStream, request, self._limit(timeout_s))
         try:
             async for message in call:
                 yield chunk_of(message)
@@ -224,14 +239,14 @@ class AsyncClient:
         self, text: str, *, add_special_tokens: bool = True, timeout_s: float | None = None
     ) -> list[int]:
         """Token ids of `text`."""
-        request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        request = _message(pb.TokenizeRequest, text=text, add_special_tokens=add_special_tokens)
         return list((await self._call("Tokenize", request, timeout_s)).token_ids)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout_s: float | None = None
     ) -> str:
         """Text of `token_ids`."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        request = _message(pb.DetokenizeRequest, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         return (await self._call("Detokenize", request, timeout_s)).text
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
@@ -240,15 +255,15 @@ class AsyncClient:
 
     async def abort(self, request_id: str, *, timeout_s: float | None = None) -> bool:
         """End a running request by its name; False when none has that name."""
-        return (await self._call("Abort", pb.AbortRequest(request_id=request_id), timeout_s)).aborted
+        return (await self._call("Abort", _message(pb.AbortRequest, request_id=request_id), timeout_s)).aborted
 
     async def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when the server takes requests; DeadlineError when it does not within `timeout_s`."""
         end = time.monotonic() + timeout_s
         while True:
             try:
-                left_s = max(0.001, end - time.monotonic())
-                watch = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=left_s, wait_for_ready=True)
+                left_s = min(max(0.001, end - time.monotonic()), LONGEST_S)
+                watch = self._begin(self._health.Watch, health_pb2.HealthCheckRequest(), left_s, wait_for_ready=True)
                 async for message in watch:
                     if message.status == health_pb2.HealthCheckResponse.SERVING:
                         watch.cancel()
@@ -262,12 +277,19 @@ class AsyncClient:
 
     async def _call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         try:
-            return await getattr(self._stub, method)(request, timeout=self._limit(timeout_s))
+            return await self._begin(getattr(self._stub, method), request, self._limit(timeout_s))
         except grpc.RpcError as error:
             raise exception_of(error) from None
 
+    def _begin(self, method: Callable[..., Any], request: Message, timeout_s: float | None, **options: Any) -> Any:
+        try:
+            return method(request, timeout=timeout_s, **options)
+        except grpc.aio.UsageError:
+            raise _closed() from None
+
     def _limit(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return None if limit_s is None else min(limit_s, LONGEST_S)
 
 
 _CHANNEL_OPTIONS = [
@@ -279,21 +301,30 @@ _CHANNEL_OPTIONS = [
 
 
 def _request(prompt: Prompt, sampling: SamplingParams | None, options: RequestOptions) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(
-        model=options.get("model"),
-        request_id=options.get("request_id"),
-        priority=wire.priority_to_proto(options.get("priority", Priority.ONLINE)),
-        cache_salt=options.get("cache_salt"),
-        add_special_tokens=options.get("add_special_tokens"),
-    )
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.SetInParent()
-        request.token_ids.ids.extend(prompt)
-    if sampling is not None:
-        request.sampling.CopyFrom(wire.sampling_to_proto(sampling))
-    return request
+    known = RequestOptions.__annotations__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}; the options are timeout_s, {', '.join(known)}")
+    if isinstance(prompt, (bytes, bytearray, memoryview)) or prompt is None:
+        raise TypeError(f"a prompt is text or a sequence of token ids, not {type(prompt).__name__}")
+    fields: dict[str, Any] = {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}
+    try:
+        priority = wire.priority_to_proto(options.get("priority", Priority.ONLINE))
+        fields["sampling"] = None if sampling is None else wire.sampling_to_proto(sampling)
+    except RequestError as error:
+        raise refusal_of(error) from None
+    return _message(pb.GenerateRequest, **{**options, **fields, "priority": priority})
+
+
+def _message[Kind: Message](kind: type[Kind], **fields: Any) -> Kind:
+    try:
+        return wire.message_of(kind, **fields)
+    except RequestError as error:
+        raise refusal_of(error) from None
+
+
+def _closed() -> RequestCancelledError:
+    return RequestCancelledError("this client was closed", grpc.StatusCode.CANCELLED)
 
 
 def _require_time(end: float, timeout_s: float) -> None:

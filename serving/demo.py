@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +29,9 @@ PROMPTS = (  # none ends in white space, which the tokenizer would have joined w
     "def __repr__(self):\n    return",
 )
 READY_S = 300.0
+POLL_S = 0.2
 STOP_S = 60.0
+SERVER = "import sys; from serving.demo import serve_for_parent; sys.exit(serve_for_parent())"
 
 
 @dataclass
@@ -53,17 +58,18 @@ def run(args: argparse.Namespace) -> int:
     for name in ("clients", "max_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"{name}={getattr(args, name)} must be at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as if by Ctrl-C: the server is stopped
     start = time.monotonic()
-    flags = arguments_from(config_from(args, EngineConfig))
-    command = [sys.executable, "-m", "serving.cli", "serve", args.model, "--port", "0", "--json", *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    flags = ["--log-level", args.log_level, *(["--debug"] if args.debug else [])]
+    flags += arguments_from(config_from(args, EngineConfig))
+    # -P: no module of the working directory is taken for one of ours
+    command = [sys.executable, "-P", "-c", SERVER, "serve", args.model, "--port", "0", "--json", *flags]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the server ended with exit code {server.wait()} before it listened")
-        address = json.loads(line)["address"]
-        streams, ready_s, wall_s = asyncio.run(_drive(address, args.clients, args.max_tokens, start))
+        address = _address(server)
+        streams, ready_s, wall_s = asyncio.run(_drive(server, address, args.clients, args.max_tokens, start))
+    except asyncio.CancelledError:  # SIGTERM
+        raise KeyboardInterrupt from None
     finally:
         server.terminate()
         try:
@@ -86,9 +92,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _drive(address: str, num_clients: int, max_tokens: int, start: float) -> tuple[list[Stream], float, float]:
+def serve_for_parent() -> int:
+    """The server's own process: the command line, ended as by SIGTERM when the parent's end of stdin closes."""
+    from serving.cli import main
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return main()
+
+
+def _address(server: subprocess.Popen[str]) -> str:
+    """Where the server listens, which is the first thing it prints."""
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the server ended with exit code {server.wait()} before it listened")
+    try:
+        return json.loads(line)["address"]
+    except (ValueError, LookupError, TypeError):
+        raise RuntimeError(f"the server's first line of output is not its address: {line!r}") from None
+
+
+async def _until_ready(client: AsyncClient, server: subprocess.Popen[str]) -> None:
+    """Return when the server takes requests; RuntimeError when its process ends first."""
+    ready = asyncio.create_task(client.wait_ready(READY_S))
+    while not (await asyncio.wait((ready,), timeout=POLL_S))[0]:
+        if (code := server.poll()) is not None:
+            ready.cancel()
+            raise RuntimeError(f"the server ended with exit code {code} before it was ready")
+    ready.result()
+
+
+async def _drive(
+    server: subprocess.Popen[str], address: str, num_clients: int, max_tokens: int, start: float
+) -> tuple[list[Stream], float, float]:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with AsyncClient(address) as client:
-        await client.wait_ready(READY_S)
+        await _until_ready(client, server)
         ready_s = time.monotonic() - start
         began = time.monotonic()
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(num_clients)]

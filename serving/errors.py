@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 DOMAIN = "jaxinfer"
 MAX_MESSAGE_BYTES = 512  # status travels in HTTP/2 headers, twice and escaped; peers refuse more than 8 KiB of them
 _SAMPLING_FIELDS = {spec.name for spec in dataclasses.fields(SamplingParams)}
+RETRY_CALLS_S = 1.0
+TOO_LARGE = "MESSAGE_TOO_LARGE"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
@@ -48,6 +50,24 @@ class CompletionFailedError(RuntimeError):
     """Every completion of a request failed; the message is the first one's error."""
 
 
+class TooManyCallsError(RuntimeError):
+    """The connection has as many open calls as one may have."""
+
+    def __init__(self, limit: int):
+        super().__init__(f"this connection has {limit} open calls, the limit; retry when one has ended")
+        self.retry_after_s = RETRY_CALLS_S
+
+
+class AnswerTooLargeError(ValueError):
+    """The answer does not, or could not, fit into a message."""
+
+    def __init__(self, num_bytes: int, limit: int):
+        super().__init__(
+            f"the answer, of {num_bytes} bytes or more, would be over the limit of {limit} per message; use "
+            "GenerateStream, ask for less, or raise the server's --max-message-bytes"
+        )
+
+
 class RequestTimeoutError(TimeoutError):
     """The server's own time limit, for calls that bring no deadline."""
 
@@ -68,8 +88,11 @@ def status_of(error: Exception) -> tuple[status_pb2.Status, float | None]:
         path = field_path(error.field_name)
         violation = error_details_pb2.BadRequest.FieldViolation(field=path, description=_clip(text))
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    elif isinstance(error, QueueFullError):
+    elif isinstance(error, (QueueFullError, TooManyCallsError)):
         code, retry_after_s = code_pb2.RESOURCE_EXHAUSTED, error.retry_after_s
+    elif isinstance(error, AnswerTooLargeError):
+        code = code_pb2.RESOURCE_EXHAUSTED
+        details.append(error_details_pb2.ErrorInfo(reason=TOO_LARGE, domain=DOMAIN))
     elif isinstance(error, ModelNotFoundError):
         code = code_pb2.NOT_FOUND
         details.append(error_details_pb2.ResourceInfo(resource_type="model", resource_name=_clip(error.model)))
@@ -153,7 +176,11 @@ class InvalidRequestError(InferenceError):
 
 
 class BusyError(InferenceError):
-    """The server's queue is full."""
+    """The server's queue is full, or this connection has too many open calls."""
+
+
+class MessageTooLargeError(InferenceError):
+    """The request or its answer is over the limit of a message; a retry would not help."""
 
 
 class UnavailableError(InferenceError):
@@ -208,7 +235,16 @@ def exception_of(error: Any) -> InferenceError:
             reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
     kind = _EXCEPTIONS.get(code, InferenceError)
     message: str = error.details() or ""
+    # gRPC's own refusals, on either side, have no details
+    if kind is BusyError and (reason == TOO_LARGE or "message larger than max" in message):
+        kind = MessageTooLargeError
     return kind(message, code, tuple(violations), retry_after_s, reason)
+
+
+def refusal_of(error: RequestError) -> InvalidRequestError:
+    """What a client raises for a request that it cannot send: the same as for one that the server refuses."""
+    violation = FieldViolation(field_path(error.field_name), str(error))
+    return InvalidRequestError(str(error), grpc.StatusCode.INVALID_ARGUMENT, (violation,))
 
 
 def _details(error: Any) -> list:

@@ -45,7 +45,9 @@ def add_generate_parser(subparsers: Any, parents: list[argparse.ArgumentParser])
         "generate", parents=parents, allow_abbrev=False, help="complete prompts and exit", description=__doc__
     )
     prompts = parser.add_argument_group("prompts (repeat and mix; outputs come in the order given)")
-    prompts.add_argument("--prompt", action=_AddPrompt, dest="prompts", metavar="TEXT", help="a prompt as text")
+    prompts.add_argument(
+        "--prompt", action=_AddPrompt, dest="prompts", metavar="TEXT", type=_text, help="a prompt as text"
+    )
     prompts.add_argument(
         "--token-ids", action=_AddPrompt, dest="prompts", metavar="1,2,3", type=_ids, help="a prompt as token ids"
     )
@@ -57,7 +59,9 @@ def add_generate_parser(subparsers: Any, parents: list[argparse.ArgumentParser])
     defaults = SamplingParams()
     for name, text in _SCALAR_HELP.items():
         add_flag(group, name, types_of[name], getattr(defaults, name), text)
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; repeat for more")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", type=_text, help="stop string; repeat for more"
+    )
     group.add_argument("--stop-token-ids", type=_ids, default=(), metavar="1,2,3", help="ids that end a completion")
     group.add_argument("--allowed-token-ids", type=_ids, metavar="1,2,3", help="choose among these ids alone")
     group.add_argument(
@@ -156,6 +160,14 @@ class _AddPrompt(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         namespace.prompts = [*(namespace.prompts or []), values]
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8 come from the shell as lone surrogates
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid Unicode") from None
+    return text
 
 
 def _ids(text: str) -> tuple[int, ...]:

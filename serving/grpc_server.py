@@ -11,19 +11,23 @@ import ipaddress
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
 
 from jaxinfer.config import ConfigError
-from jaxinfer.request import EngineDeadError
+from jaxinfer.request import EngineDeadError, RequestError
+from serving import errors
 from serving.async_engine import AsyncEngine, NotReadyError, Progress, State
 from serving.health import HealthServicer
 from serving.inference_service import SERVICE_NAME, InferenceServicer
-from serving.protos.jaxinfer.v1 import inference_pb2_grpc
+from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 from serving.tokenizing import TokenizerPool
 
 if TYPE_CHECKING:
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_CONCURRENT_STREAMS = 65_536
+# gRPC ends calls over its own limits as UNAVAILABLE or CANCELLED: what the handlers refuse must be met long before.
+GRPC_CALLS = 16 * MAX_CONCURRENT_STREAMS
+MAX_CONNECTION_AGE_S = 2_000_000.0  # gRPC keeps it as milliseconds in 32 bits
 STOP_GRACE_S = 5.0  # for handlers to write what their requests ended with
 
 
@@ -48,11 +56,11 @@ class ServerConfig:
     served_model_name: str | None = _flag(None, "name that requests may ask for (default: the model directory's name)")
     drain_s: float = _flag(30.0, "after SIGTERM, time for running requests to end, in seconds; then they are aborted")
     request_timeout_s: float = _flag(600.0, "time limit of calls that bring no deadline, in seconds")
-    max_concurrent_streams: int = _flag(256, "calls that one connection may have open at once")
+    max_concurrent_streams: int = _flag(256, "calls that one connection may have open at once (at most 65536)")
     max_message_bytes: int = _flag(4 * 2**20, "largest message taken or sent (at most 16 MiB)")
     max_prompt_chars: int = _flag(1_000_000, "longest text that is tokenized")
     max_connection_age_s: float | None = _flag(
-        None, "seconds after which clients are asked to reconnect (default: never)"
+        None, "seconds after which clients are asked to reconnect (at most 2000000; default: never)"
     )
     tokenizer_threads: int = _flag(2, "threads that tokenize")
     reflection: bool = _flag(False, "offer gRPC reflection, so that grpcurl needs no .proto")
@@ -63,11 +71,17 @@ class ServerConfig:
                 f"host={self.host!r} is not a loopback address; without TLS and authentication only 127.0.0.1, ::1 or "
                 "localhost can be bound (use an SSH tunnel to reach this server from elsewhere)"
             )
+        if self.served_model_name == "":
+            raise ConfigError("served_model_name='' is empty; leave it out to take the model directory's name")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must be from 0 to 65535")
         for name in ("max_concurrent_streams", "max_prompt_chars", "tokenizer_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_concurrent_streams > MAX_CONCURRENT_STREAMS:
+            raise ConfigError(
+                f"max_concurrent_streams={self.max_concurrent_streams} must be at most {MAX_CONCURRENT_STREAMS}"
+            )
         if not 1024 <= self.max_message_bytes <= MAX_MESSAGE_BYTES:
             raise ConfigError(f"max_message_bytes={self.max_message_bytes} must be from 1024 to {MAX_MESSAGE_BYTES}")
         if not self.drain_s >= 0:
@@ -75,6 +89,11 @@ class ServerConfig:
         for name in ("request_timeout_s", "max_connection_age_s"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if self.max_connection_age_s is not None and self.max_connection_age_s > MAX_CONNECTION_AGE_S:
+            raise ConfigError(
+                f"max_connection_age_s={self.max_connection_age_s:g} must be at most {MAX_CONNECTION_AGE_S:.0f}; "
+                "leave it out for never"
+            )
 
 
 class GrpcServer:
@@ -89,10 +108,20 @@ class GrpcServer:
         )
         self._server = grpc.aio.server(options=_channel_options(config))
         servicer = InferenceServicer(
-            engine, self._tokenizing, model_name=model_name, request_timeout_s=config.request_timeout_s
+            engine,
+            self._tokenizing,
+            model_name=model_name,
+            request_timeout_s=config.request_timeout_s,
+            max_open_calls=config.max_concurrent_streams,
+            max_answer_bytes=config.max_message_bytes,
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engine, (SERVICE_NAME,)), self._server)
+        health = HealthServicer(engine, (SERVICE_NAME,))
+        self._server.add_generic_rpc_handlers(
+            (
+                _handlers(pb.DESCRIPTOR.services_by_name["Inference"], servicer),
+                _handlers(health_pb2.DESCRIPTOR.services_by_name["Health"], health),
+            )
+        )
         if config.reflection:
             from grpc_reflection.v1alpha import reflection
 
@@ -144,21 +173,34 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     await server.start()
-    on_listening(server.address)
-    engine.start()
-    watch = asyncio.create_task(_until_dead(engine, lambda: say(f"ready on {server.address}")))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
-    if engine.state is not State.DEAD:
-        say(f"draining: up to {config.drain_s:g} s for running requests")
-        num_aborted = await engine.drain(config.drain_s)
-        say(f"drained; {num_aborted} requests were aborted")
-    watch.cancel()
-    stopped.cancel()
-    ended = await engine.stop()
-    await server.stop()
+    try:
+        on_listening(server.address)
+        engine.start()
+        watch = asyncio.create_task(_until_dead(engine, lambda: say(f"ready on {server.address}")))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
+        watch.cancel()
+        stopped.cancel()
+        if engine.state is not State.DEAD:
+            say(f"draining: up to {config.drain_s:g} s for running requests")
+    finally:
+        ended = await _end(engine, server, config.drain_s, say)
     if engine.error is not None:
         raise engine.error
+    return ended
+
+
+async def _end(engine: AsyncEngine, server: GrpcServer, drain_s: float, say: Progress) -> bool:
+    """Drain, stop the engine, close the port: each of them whatever the one before raised."""
+    try:
+        if engine.state is not State.DEAD:
+            num_aborted = await engine.drain(drain_s)
+            say(f"drained; {num_aborted} requests were aborted")
+    finally:
+        try:
+            ended = await engine.stop()
+        finally:
+            await server.stop()
     return ended
 
 
@@ -179,6 +221,28 @@ def _on_signal(number: int, stop: asyncio.Event) -> None:
     stop.set()
 
 
+def _handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+    """What the generated add_..._to_server adds, but bytes that are no message of the method are INVALID_ARGUMENT."""
+    methods = {}
+    for method in service.methods:
+        kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        handler = _decoding(GetMessageClass(method.input_type), getattr(servicer, method.name))
+        methods[method.name] = kind(handler, response_serializer=GetMessageClass(method.output_type).SerializeToString)
+    return grpc.method_handlers_generic_handler(service.full_name, methods)
+
+
+def _decoding(message_class: type[Message], handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            message = message_class.FromString(raw)
+        except DecodeError:
+            name = message_class.DESCRIPTOR.full_name
+            await errors.abort(context, RequestError("message", f"these {len(raw)} bytes are no {name}"))
+        return await handler(message, context)
+
+    return handle
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -196,7 +260,9 @@ def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
-        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        ("grpc.max_concurrent_streams", GRPC_CALLS),
+        ("grpc.server.max_pending_requests", GRPC_CALLS),  # those that came but did not reach a handler yet
+        ("grpc.server.max_pending_requests_hard_limit", GRPC_CALLS),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a coin toss per connection

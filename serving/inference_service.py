@@ -12,7 +12,8 @@ import functools
 import importlib.metadata
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -30,16 +31,26 @@ Context = grpc.aio.ServicerContext
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
-def _answers[Answer](handler: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answer]]:
-    """Run a handler under the server's time limit where the caller set none; turn its exceptions into statuses."""
+def _answers[Answer: Message | None](
+    handler: Callable[..., Awaitable[Answer]],
+) -> Callable[..., Awaitable[Answer]]:
+    """Run a handler within the server's limits: time where the caller set none, open calls, size of the answer.
+
+    Its exceptions become statuses.
+    """
 
     @functools.wraps(handler)
     async def answer(self: InferenceServicer, request: Message, context: Context) -> Answer:
         limit_s = self.request_timeout_s if context.time_remaining() is None else None
         timer = asyncio.timeout(limit_s)
         try:
-            async with timer:
-                return await handler(self, request, context)
+            # Abort is what frees calls, so that it is never one too many.
+            with contextlib.nullcontext() if isinstance(request, pb.AbortRequest) else self.counted(context.peer()):
+                async with timer:
+                    message = await handler(self, request, context)
+            if message is not None and message.ByteSize() > self.max_answer_bytes:
+                raise errors.AnswerTooLargeError(message.ByteSize(), self.max_answer_bytes)
+            return message
         except Exception as error:
             if limit_s is not None and timer.expired():
                 await errors.abort(context, errors.RequestTimeoutError(limit_s))
@@ -62,13 +73,28 @@ class _Running:
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """One served model. `request_timeout_s` limits calls that bring no deadline of their own."""
+    """One served model. `request_timeout_s` limits calls that bring no deadline of their own.
 
-    def __init__(self, engine: AsyncEngine, tokenizing: TokenizerPool, *, model_name: str, request_timeout_s: float):
+    `max_open_calls` is per connection; `max_answer_bytes` is the largest message that may be sent.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizing: TokenizerPool,
+        *,
+        model_name: str,
+        request_timeout_s: float,
+        max_open_calls: int,
+        max_answer_bytes: int,
+    ):
         self._engine = engine
         self._tokenizing = tokenizing
         self._model_name = model_name
         self.request_timeout_s = request_timeout_s
+        self.max_answer_bytes = max_answer_bytes
+        self._max_open_calls = max_open_calls
+        self._open_calls: Counter[str] = Counter()  # by connection
         self._running: dict[str, _Running] = {}
         self._info: dict[str, Any] | None = None
 
@@ -77,7 +103,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     @_answers
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Collect the stream of every completion into one answer."""
-        async with self._submitted(request) as (running, stream, num_completions):
+        async with self._submitted(request, one_answer=True) as (running, stream, num_completions):
             tally = wire.Tally(num_completions)
             parts = [_Parts() for _ in range(num_completions)]
             async for event in stream:
@@ -162,9 +188,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     # ---- shared by the handlers ----
 
+    @contextlib.contextmanager
+    def counted(self, connection: str) -> Iterator[None]:
+        """One open call more on `connection`; TooManyCallsError when that is one too many."""
+        if self._open_calls[connection] >= self._max_open_calls:
+            raise errors.TooManyCallsError(self._max_open_calls)
+        self._open_calls[connection] += 1
+        try:
+            yield
+        finally:
+            self._open_calls[connection] -= 1
+            if not self._open_calls[connection]:
+                del self._open_calls[connection]
+
     @contextlib.asynccontextmanager
-    async def _submitted(self, message: pb.GenerateRequest) -> AsyncIterator[tuple[_Running, TokenStream, int]]:
-        """The message's request in the engine; however this is left, the request ends and its name is free."""
+    async def _submitted(
+        self, message: pb.GenerateRequest, *, one_answer: bool = False
+    ) -> AsyncIterator[tuple[_Running, TokenStream, int]]:
+        """The message's request in the engine; however this is left, the request ends and its name is free.
+
+        AnswerTooLargeError when `one_answer` must hold all of it, and that could not be sent.
+        """
         self._check_model(message)
         wire.check_names(message)
         name = message.request_id or uuid.uuid4().hex
@@ -173,6 +217,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         running = self._running[name] = _Running(name)
         try:
             request = await self._request(name, message)
+            if one_answer:
+                num_bytes = wire.min_answer_bytes(request, self._engine.engine.max_model_len)
+                if num_bytes > self.max_answer_bytes:
+                    raise errors.AnswerTooLargeError(num_bytes, self.max_answer_bytes)
             async with self._engine.submit(request) as stream:
                 running.stream = stream
                 if running.aborted:
@@ -191,6 +239,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 tokenizer = self._engine.engine.tokenizer
                 prompt = await self._tokenizing.encode(tokenizer, message.text, add_special_tokens=special)
             case "token_ids":
+                if message.HasField("add_special_tokens"):
+                    raise RequestError("add_special_tokens", "is for a text prompt; token_ids are taken as they are")
                 prompt = tuple(message.token_ids.ids)
             case _:
                 raise RequestError("prompt", "is missing; set text or token_ids")

@@ -6,12 +6,18 @@ Hides field presence (unset = the dataclass default, never proto's zero) and the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from jaxinfer.request import FinishReason, Priority, RequestError, SamplingParams, TokenEvent, TokenLogprobs
+from google.protobuf.message import Message
+
+from jaxinfer.request import FinishReason, Priority, Request, RequestError, SamplingParams, TokenEvent, TokenLogprobs
 from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_CACHE_SALT_CHARS = 1024
+MAX_TOKEN_ID = 2**32 - 1
+MIN_LOGPROBS_BYTES = 2 + 9  # tag and length of the message, tag and value of the double
+MIN_LOGPROB_BYTES = 2 + 9 + 2  # and tag and value of an id
 
 # SamplingParams fields that are proto scalars of the same name; the others are handled by name below.
 _SCALARS = (
@@ -64,20 +70,32 @@ def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
-    """Every field set, so the server's defaults play no part."""
-    message = pb.SamplingParams(
+    """Every field set, so the server's defaults play no part; RequestError names a field that cannot be sent."""
+    allowed = params.allowed_token_ids
+    return message_of(
+        pb.SamplingParams,
         logit_bias=params.logit_bias,
         stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         no_max_tokens=params.max_tokens is None,
+        allowed_token_ids=None if allowed is None else {"ids": allowed},
+        **{name: getattr(params, name) for name in _SCALARS},
     )
-    for name in _SCALARS:
-        value = getattr(params, name)
-        if value is not None:
-            setattr(message, name, value)
-    if params.allowed_token_ids is not None:
-        message.allowed_token_ids.ids.extend(params.allowed_token_ids)
-        message.allowed_token_ids.SetInParent()
+
+
+def message_of[Kind: Message](kind: type[Kind], **fields: Any) -> Kind:
+    """A message with these fields, None for unset; RequestError for a value that protobuf cannot hold.
+
+    That is text which is not valid Unicode, or a token id out of range (SamplingParams has checked other numbers).
+    """
+    message = kind()
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except UnicodeEncodeError as error:
+            raise RequestError(name, f"is not valid Unicode: {error}") from None
+        except ValueError as error:
+            raise RequestError(name, f"{error}; token ids are from 0 to {MAX_TOKEN_ID}") from None
     return message
 
 
@@ -88,9 +106,14 @@ def priority_from_proto(message: pb.GenerateRequest) -> Priority:
     return _PRIORITY_FROM_PROTO[message.priority]
 
 
-def priority_to_proto(priority: Priority) -> pb.Priority:
-    """The proto's number for a Priority."""
-    return pb.PRIORITY_BATCH if priority is Priority.BATCH else pb.PRIORITY_ONLINE
+def priority_to_proto(priority: Priority | int) -> pb.Priority:
+    """The proto's number for a Priority or its value; RequestError for anything else."""
+    try:
+        known = Priority(priority)
+    except ValueError:
+        choices = ", ".join(f"{item.name} ({item.value})" for item in Priority)
+        raise RequestError("priority", f"{priority!r} is not one of {choices}") from None
+    return pb.PRIORITY_BATCH if known is Priority.BATCH else pb.PRIORITY_ONLINE
 
 
 def check_names(message: pb.GenerateRequest) -> None:
@@ -98,6 +121,19 @@ def check_names(message: pb.GenerateRequest) -> None:
     for name, limit in (("request_id", MAX_REQUEST_ID_CHARS), ("cache_salt", MAX_CACHE_SALT_CHARS)):
         if len(getattr(message, name)) > limit:
             raise RequestError(name, f"{len(getattr(message, name))} characters are over the limit of {limit}")
+
+
+def min_answer_bytes(request: Request, max_model_len: int) -> int:
+    """What a GenerateResponse takes at the least, without text, when every completion reaches the max_tokens asked for.
+
+    0 for a request without max_tokens: how long it gets is not known.
+    """
+    sampling = request.sampling
+    if sampling.max_tokens is None:
+        return 0
+    num_tokens = min(sampling.max_tokens, max_model_len - len(request.prompt_token_ids))
+    logprobs = (MIN_LOGPROBS_BYTES + sampling.top_logprobs * MIN_LOGPROB_BYTES) if sampling.logprobs else 0
+    return sampling.n * num_tokens * (1 + logprobs)
 
 
 def finish_to_proto(reason: FinishReason | None) -> pb.FinishReason:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from jaxinfer.config import ConfigError
 from serving import cli
 
 MODEL = Path(__file__).parents[1] / "goldens" / "llama"
@@ -77,9 +79,16 @@ def test_info_prints_one_document(capfd):
     [
         (["serve", str(MODEL), "--host", "0.0.0.0"], "not a loopback address"),
         (["serve", "/no/such/model"], "'/no/such/model' does not exist"),
+        (["serve", __file__], "test_cli.py' is not a directory"),
+        (["serve", ""], "MODEL is empty"),
+        (["serve", str(MODEL), "--served-model-name", ""], "served_model_name='' is empty"),
+        (["serve", str(MODEL), "--max-connection-age-s", "inf"], "max_connection_age_s=inf must be at most 2000000"),
+        (["serve", str(MODEL), "--max-concurrent-streams", "99999999999"], "=99999999999 must be at most 65536"),
         (["serve", str(MODEL), "--dtype", "int3"], "choose from"),
         (["serve", str(MODEL), "--page-size", "0"], "page_size=0"),
         (["generate", str(MODEL)], "--prompt or --token-ids"),
+        (["generate", str(MODEL), "--prompt", "\udcff"], r"argument --prompt: '\udcff' is not valid Unicode"),
+        (["generate", str(MODEL), "--token-ids", "1", "--stop", "\udcff"], r"--stop: '\udcff' is not valid Unicode"),
         (["generate", str(MODEL), "--token-ids", "1,x"], "'1,x' is not a list of token ids"),
         (["generate", str(MODEL), "--token-ids", "1", "--top-p", "0"], "top_p"),
         (["generate", str(MODEL), "--token-ids", "1", "--logit-bias", "3"], "ID=BIAS"),
@@ -106,9 +115,14 @@ def test_a_directory_that_is_no_model_fails(capfd, tmp_path):
     assert out == "" and "config.json" in err and "Traceback" not in err
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(Exception, match=r"config\.json"):
-        cli.main(["generate", str(tmp_path), "--token-ids", "1", "--debug"])
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("told"), 2), (OSError("told"), 1)])
+def test_debug_shows_the_traceback_and_changes_nothing_else(error, code, capfd, monkeypatch):
+    monkeypatch.setattr(cli, "_info", Mock(side_effect=error))
+    for arguments in (["info"], ["info", "--debug"]):
+        assert cli.main(arguments) == code
+        out, err = capfd.readouterr()
+        assert out == "" and err.endswith("jaxinfer info: error: told\n")
+        assert ("Traceback" in err) == ("--debug" in arguments)
 
 
 def test_a_taken_port_is_told(capfd):

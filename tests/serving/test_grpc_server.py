@@ -22,6 +22,8 @@ from serving.protos.jaxinfer.v1 import inference_pb2_grpc
 pytestmark = pytest.mark.asyncio
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE = "jaxinfer.v1.Inference"
+SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
+PATHS = [f"{service.full_name}/{method.name}" for service in SERVICES for method in service.methods]
 
 
 def _message(*ids: int, **sampling) -> pb.GenerateRequest:
@@ -116,6 +118,7 @@ async def test_unset_fields_mean_our_defaults(fakes, serving):
         (_message(seed=-5), "sampling.seed"),
         (pb.GenerateRequest(text="x" * 2000), "text"),
         (pb.GenerateRequest(text="x", priority=7), "priority"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), add_special_tokens=True), "add_special_tokens"),
         (pb.GenerateRequest(text="x", request_id="r" * 1000), "request_id"),
         (pb.GenerateRequest(text="x", cache_salt="r" * 5000), "cache_salt"),
     ],
@@ -360,9 +363,65 @@ async def test_failed_completions_end_the_call_with_internal(fakes, serving):
 
 async def test_messages_over_the_limit_are_refused(fakes, serving):
     async with serving(fakes.Engine(), max_message_bytes=4096) as server, AsyncClient(server.address) as client:
-        with pytest.raises(api.BusyError, match="larger than max"):
+        with pytest.raises(api.MessageTooLargeError, match="larger than max"):
             await client.generate("x" * 5000)
         assert (await client.generate("x", SamplingParams(max_tokens=1))).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(max_tokens=4000, n=2), SamplingParams(max_tokens=40, n=2, logprobs=True, top_logprobs=20)],
+)
+async def test_an_answer_that_cannot_fit_is_refused_before_any_work(fakes, serving, sampling):
+    engine = fakes.Engine()
+    async with serving(engine, max_message_bytes=4096) as server, AsyncClient(server.address) as client:
+        with pytest.raises(api.MessageTooLargeError, match="over the limit of 4096 per message; use Gen") as caught:
+            await client.generate([1, 2], sampling)
+        assert caught.value.retry_after_s is None and engine.num_steps == 0
+        num_tokens = [len(chunk.token_ids) async for chunk in client.stream([1, 2], sampling)]
+        assert sum(num_tokens) == 2 * sampling.max_tokens
+
+
+async def test_an_answer_that_does_not_fit_is_told_as_such(fakes, serving):
+    engine = fakes.Engine()
+    engine.tokenizer.encode = lambda text, *, add_special_tokens: [100] * 5000
+    async with serving(engine, max_message_bytes=4096) as server, AsyncClient(server.address) as client:
+        with pytest.raises(api.MessageTooLargeError, match="limit of 4096") as caught:
+            await client.tokenize("x")
+        assert caught.value.reason == "MESSAGE_TOO_LARGE"
+
+
+async def test_calls_over_the_limit_of_a_connection_are_told_when_to_retry(fakes, serving):
+    engine = fakes.Engine(max_model_len=1 << 30)
+    engine.go.clear()
+    sampling = SamplingParams(max_tokens=1)
+    async with serving(engine, max_concurrent_streams=3) as server, AsyncClient(server.address) as client:
+        calls = [
+            asyncio.create_task(client.generate([1], sampling, request_id=f"{i}")) for i in range(1600)
+        ]  # more than gRPC lets wait by itself
+        await _until(lambda: sum(call.done() for call in calls) == 1597)
+        for call in calls:
+            if call.done():
+                assert isinstance(call.exception(), api.BusyError) and call.exception().retry_after_s == 1.0
+        with pytest.raises(api.BusyError, match="3 open calls"):
+            await client.model_info()
+        await client.wait_ready(10)  # health and Abort have no such limit
+        assert await client.abort(next(str(i) for i, call in enumerate(calls) if not call.done()))
+        async with AsyncClient(server.address) as other:
+            assert await other.tokenize("a") == [1, 97]
+        engine.go.set()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(outcome, api.GenerateResult) for outcome in outcomes].count(True) == 3
+        await client.generate([1], sampling)
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_bytes_that_are_no_message_are_invalid(fakes, serving, path, caplog):
+    async with serving(fakes.Engine()) as server, grpc.aio.insecure_channel(server.address) as channel:
+        error, details = await _failure(channel.unary_unary(f"/{path}")(b"\xff\xff"))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "2 bytes are no" in error.details()
+    assert details["BadRequest"].field_violations[0].field == "message"
+    assert not caplog.records
 
 
 async def test_tokenize_detokenize_and_model_info(fakes, serving):
@@ -440,7 +499,11 @@ async def test_only_loopback_addresses_are_bound(host):
         {"request_timeout_s": 0.0},
         {"drain_s": float("nan")},
         {"max_concurrent_streams": 0},
+        {"max_concurrent_streams": 99_999_999_999},
         {"max_connection_age_s": -1.0},
+        {"max_connection_age_s": float("inf")},
+        {"max_connection_age_s": 1e30},
+        {"served_model_name": ""},
     ],
 )
 async def test_server_options_are_checked(options):

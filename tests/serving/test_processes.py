@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ FAKE_SERVER = """
 import asyncio, os, sys
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
+from serving.cli import Progress
 from serving.grpc_server import ServerConfig, serve
 engine = FakeEngine(slots=4, max_model_len=1 << 30, pace_s=0.004)
 if sys.argv[3] == "loading":
@@ -51,7 +53,8 @@ if sys.argv[3] == "loading":
 if sys.argv[3] == "dying":
     engine.step_error = ZeroDivisionError("found by the test")
 config = ServerConfig(port=0, drain_s=float(sys.argv[2]))
-options = {"report": str, "say": str, "on_listening": lambda address: print(address, flush=True)}
+progress = Progress()
+options = {"report": progress.update, "say": progress.say, "on_listening": lambda address: print(address, flush=True)}
 ended = asyncio.run(serve(lambda report: engine, config, model_name="fake", **options))
 assert ended or sys.argv[3] == "loading"
 os._exit(0)
@@ -171,6 +174,32 @@ def test_a_second_signal_ends_at_once():
             assert code == 128 + signal.SIGINT
             with pytest.raises(api.UnavailableError):
                 list(stream)
+
+
+def test_a_reader_of_stderr_that_leaves_costs_no_request():
+    with _server(_fake(60)) as (process, line):
+        process.stderr.close()
+        outcomes, _ = asyncio.run(_load_and_sigterm(process, line.strip(), 60))
+        assert process.wait(120) == 0
+    assert set(outcomes) <= {(60, FinishReason.LENGTH), (0, None)} and outcomes.count((0, None)) < 20
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code"),
+    [("stdout", [str(MODEL), "--port", "0", "--json"], 1), ("stderr", ["/no/such/model"], 2)],
+)
+def test_output_that_nobody_reads_is_an_ordinary_failure(closed, arguments, code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "serving.cli", "serve", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: writer}
+    done = subprocess.run(command, cwd=REPOSITORY, **streams, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stdout or "") == (code, "")
+    if closed == "stdout":
+        *progress, last = done.stderr.splitlines()
+        assert last == "jaxinfer serve: error: [Errno 32] Broken pipe"
+        assert all(line.startswith("[") for line in progress), done.stderr
 
 
 def test_sigterm_while_loading_ends_cleanly():

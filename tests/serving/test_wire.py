@@ -20,6 +20,7 @@ from jaxinfer.request import (
     FinishReason,
     Priority,
     QueueFullError,
+    Request,
     RequestError,
     SamplingParams,
     TokenEvent,
@@ -81,7 +82,7 @@ def _sampling(draw) -> SamplingParams:
         top_k=draw(st.integers(0, 2**31 - 1)),
         top_p=draw(st.floats(0, 1, exclude_min=True)),
         min_p=draw(st.floats(0, 1)),
-        repetition_penalty=draw(st.floats(0, 100, exclude_min=True)),
+        repetition_penalty=draw(st.floats(0.01, 100)),
         presence_penalty=draw(st.floats(-2, 2)),
         frequency_penalty=draw(st.floats(-2, 2)),
         logit_bias=draw(st.dictionaries(IDS, st.floats(-100, 100), max_size=5)),
@@ -118,6 +119,23 @@ def test_no_bytes_break_the_way_in(raw):
         wire.check_names(message)
     except RequestError as error:
         assert error.field_name
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_bytes"),
+    [
+        (SamplingParams(max_tokens=50), 50),
+        (SamplingParams(max_tokens=10**9, n=3), 3 * 97),  # the model's length leaves 97
+        (SamplingParams(max_tokens=50, n=2, logprobs=True, top_logprobs=5), 2 * 50 * (1 + 11 + 5 * 13)),
+        (SamplingParams(max_tokens=None, n=64), 0),
+    ],
+)
+def test_the_least_size_of_an_answer_is_known_beforehand(sampling, num_bytes):
+    assert wire.min_answer_bytes(Request("", (1, 2, 3), sampling), max_model_len=100) == num_bytes
+    if sampling.max_tokens == 50:
+        tokens = [TokenLogprobs(-1.0, ((1, -1.0),) * sampling.top_logprobs)] * 50 if sampling.logprobs else []
+        one = pb.Completion(token_ids=[1] * 50, logprobs=wire.logprobs_to_proto(tokens))
+        assert num_bytes <= pb.GenerateResponse(completions=[one] * sampling.n).ByteSize() <= 1.3 * num_bytes
 
 
 def test_priorities_and_finish_reasons_have_numbers():

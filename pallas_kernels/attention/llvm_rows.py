@@ -1,13 +1,15 @@
-"""LLVM IR of paged attention for CPUs: one KV head of one run of query tokens at a time, page by page.
+"""LLVM IR of paged attention for CPUs: one KV head of one run of query tokens at a time, a block of pages at a time.
 
 Hides blocking, masking and the order of additions. Up to four query rows share every load of K and V; pages are read
-where they lie. Row i of a page always falls into lane i % 16 of its query's running sum and pages come in order, so
+where they lie. Row i of a block always falls into lane i % 16 of its query's running sum and blocks come in order, so
 the bits of a query depend neither on its neighbours nor on whether it was decoded or prefilled, in any dtype.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pallas_kernels.native.code import Code, broadcast, constants, round_to_bf16, sum_lanes
 from pallas_kernels.native.handler import F32
@@ -15,6 +17,8 @@ from pallas_kernels.native.handler import F32
 LANES = 16
 ROWS = 4  # query rows that share the loads of K and V
 KEYS = 4  # K rows whose dots are summed at once; divides the page size
+BLOCK = 128  # rows per step of the online softmax; a page may be larger, then it is one
+MOST_PAGES = BLOCK // KEYS  # of a block
 VECTOR = f"<{LANES} x float>"
 WORDS = f"<{LANES} x i32>"
 MASKED = -1e30  # below every score, and finite: exp(MASKED - MASKED) is 1, not NaN
@@ -110,51 +114,70 @@ def _prefetch(code: Code, base: str, index: str, wide: bool) -> None:
 
 
 def _tile(rows: int, wide: bool) -> str:
-    """`rows` query rows over one page: scores, the online softmax (1805.02867), and the weighted values.
+    """`rows` query rows over one block: scores, the online softmax (1805.02867), and the weighted values.
 
-    Rows see page rows [lo, hi) each; what none of them sees, which may be NaN, is not multiplied. The page at `next_k`
-    and `next_v` is fetched line by line meanwhile: all at once it would wait for the buffers of outstanding misses.
+    Rows see block rows [lo, hi) - base each; what none of them sees, which may be NaN, is not multiplied. Page p of the
+    block lies at `keys[p]` and `values[p]`. Page p + ahead is fetched line by line while p is read: all at once it
+    would wait for the buffers of outstanding misses.
     """
     code = Code()
     each = range(rows)
     lows = [code.let(f"sub i64 {code.load('i64', '%lo', r)}, %base") for r in each]
-    highs = [_smaller(code, code.let(f"sub i64 {code.load('i64', '%hi', r)}, %base"), "%page_size") for r in each]
+    highs = [_smaller(code, code.let(f"sub i64 {code.load('i64', '%hi', r)}, %base"), "%block_rows") for r in each]
     first, last = lows[0], highs[0]
     for low, high in zip(lows[1:], highs[1:], strict=True):
         first, last = _smaller(code, first, low), _larger(code, last, high)
     first = _larger(code, first, 0)
     with code.when(code.let(f"icmp slt i64 {first}, {last}")):
-        _scores(code, each, wide, first, last)
+        _scores(code, each, wide, (first, last))
         shrink = [_softmax(code, r, lows[r], highs[r], first, last) for r in each]
         whole = code.let("and i64 %dim, -32")
         for chunks, begin, end in ((2, "0", whole), (1, whole, "%dim")):
             _weigh(code, each, wide, shrink, (first, last), (chunks, begin, end))
-    signature = "ptr %q, ptr %acc, ptr %highest, ptr %total, ptr %k, ptr %v, ptr %next_k, ptr %next_v"
-    sizes = "ptr %lo, ptr %hi, ptr %scores, i64 %base, i64 %page_size, i64 %dim, i64 %stride"
+    signature = "ptr %q, ptr %acc, ptr %highest, ptr %total, ptr %keys, ptr %values, ptr %lo, ptr %hi, ptr %scores"
+    sizes = "i64 %base, i64 %block_rows, i64 %page_size, i64 %dim, i64 %stride, i64 %ahead"
     return code.function(f"internal void {_tile_name(rows, wide)}({signature}, {sizes}) nounwind")
+
+
+@contextmanager
+def _each_page(code: Code, pointers: str, seen: tuple[str, str]) -> Iterator[tuple[str, str, str, str, str]]:
+    """For each page with rows in [first, last) of the block: it, the page to fetch, its first row, its rows seen."""
+    first, last = seen
+    past = code.let(f"add i64 {last}, {code.let('sub i64 %page_size, 1')}")
+    end = code.let(f"sdiv i64 {past}, %page_size")
+    with code.loop(code.let(f"sdiv i64 {first}, %page_size"), end) as p:
+        offset = code.let(f"mul i64 {p}, %page_size")
+        begin = _larger(code, code.let(f"sub i64 {first}, {offset}"), 0)
+        stop = _smaller(code, code.let(f"sub i64 {last}, {offset}"), "%page_size")
+        following = code.load("ptr", pointers, code.let(f"add i64 {p}, %ahead"))
+        yield code.load("ptr", pointers, p), following, offset, begin, stop
 
 
 def _tile_name(rows: int, wide: bool) -> str:
     return f"@tile_{rows}_{'f32' if wide else 'bf16'}"
 
 
-def _scores(code: Code, each: range, wide: bool, first: str, last: str) -> None:
+def _scores(code: Code, each: range, wide: bool, seen: tuple[str, str]) -> None:
     """`scores[r, i] = q[r] . k[i]`, KEYS page rows at a time; q is scaled already."""
-    with code.loop(code.let(f"and i64 {first}, -{KEYS}"), last, KEYS) as i:
+    with (
+        _each_page(code, "%keys", seen) as (keys, following, offset, begin, stop),
+        code.loop(code.let(f"and i64 {begin}, -{KEYS}"), stop, KEYS) as i,
+    ):
         sums = [[code.variable(VECTOR, "zeroinitializer") for _ in range(KEYS)] for _ in each]
         starts = [code.let(f"mul i64 {code.let(f'add i64 {i}, {key}')}, %dim") for key in range(KEYS)]
         with code.loop(0, "%dim", LANES) as d:
             places = [code.let(f"add i64 {start}, {d}") for start in starts]
             for place in places:
-                _prefetch(code, "%next_k", place, wide)
-            ks = [_load_f32(code, "%k", place, wide) for place in places]
+                _prefetch(code, following, place, wide)
+            ks = [_load_f32(code, keys, place, wide) for place in places]
             for r in each:
                 q = _load_f32(code, "%q", code.let(f"add i64 {code.let(f'mul i64 %dim, {r}')}, {d}"), True)
                 for k, total in zip(ks, sums[r], strict=True):
                     code.store(VECTOR, _fma(code, q, k, code.load(VECTOR, total)), total)
+        column = code.let(f"add i64 {offset}, {i}")
         for r in each:
             dots = sum_lanes(code, [code.load(VECTOR, total) for total in sums[r]], LANES)
-            at = code.let(f"add i64 {code.let(f'mul i64 %stride, {r}')}, {i}")
+            at = code.let(f"add i64 {code.let(f'mul i64 %stride, {r}')}, {column}")
             code.do(f"store <{KEYS} x float> {dots}, ptr {code.at('%scores', 'float', at)}, align 4")
 
 
@@ -212,13 +235,17 @@ def _weigh(
              for place in places]
             for r in each
         ]  # fmt: skip
-        with code.loop(*seen) as i:
+        with (
+            _each_page(code, "%values", seen) as (page, following, offset, first, stop),
+            code.loop(first, stop) as i,
+        ):
             start = code.let(f"mul i64 {i}, %dim")
             columns = [code.let(f"add i64 {start}, {place}") for place in places]
-            _prefetch(code, "%next_v", columns[0], wide)
-            vs = [_load_f32(code, "%v", column, wide) for column in columns]
+            _prefetch(code, following, columns[0], wide)
+            vs = [_load_f32(code, page, column, wide) for column in columns]
+            score = code.let(f"add i64 {offset}, {i}")
             for r in each:
-                at = code.let(f"add i64 {code.let(f'mul i64 %stride, {r}')}, {i}")
+                at = code.let(f"add i64 {code.let(f'mul i64 %stride, {r}')}, {score}")
                 weight = broadcast(code, "float", code.load("float", "%scores", at), LANES)
                 for v, total in zip(vs, sums[r], strict=True):
                     code.store(VECTOR, _fma(code, weight, v, code.load(VECTOR, total)), total)
@@ -249,7 +276,9 @@ def _run_tokens() -> str:
     dim, page_size, q_heads = work["dim"], work["page_size"], work["q_heads"]
     group = code.let(f"sdiv i64 {q_heads}, {work['kv_heads']}")
     rows = code.let(f"mul i64 {code.let('sub i64 %end, %t')}, {group}")
-    stride = code.let(f"and i64 {code.let(f'add i64 {page_size}, {LANES - 1}')}, -{LANES}")
+    block_pages = _larger(code, code.let(f"sdiv i64 {BLOCK}, {page_size}"), 1)
+    block_rows = code.let(f"mul i64 {block_pages}, {page_size}")
+    stride = code.let(f"and i64 {code.let(f'add i64 {block_rows}, {LANES - 1}')}, -{LANES}")
     values = code.let(f"mul i64 {rows}, {dim}")
     q_rows = "%scratch"
     acc = code.at(q_rows, "float", values)
@@ -291,7 +320,8 @@ def _run_tokens() -> str:
         code.store("i64", _smaller(code, code.load("i64", first), low), first)
         code.store("i64", _larger(code, code.load("i64", last), high), last)
 
-    _pages(code, work, (q_rows, acc, highest, total, lows, highs, scores), (rows, stride, first, last))
+    sizes = (rows, stride, block_pages, block_rows)
+    _blocks(code, work, (q_rows, acc, highest, total, lows, highs, scores), sizes, (first, last))
     _store_rows(code, work, (acc, highest, total), (rows, group))
     return code.function(
         "internal void @run_tokens(ptr %work, ptr %scratch, i64 %s, i64 %t, i64 %end, i64 %h) nounwind"
@@ -304,48 +334,46 @@ def _head_place(code: Code, token: str, j: str, group: str, q_heads: str) -> str
     return code.let(f"add i64 {code.let(f'mul i64 {token}, {q_heads}')}, {head}")
 
 
-def _pages(code: Code, work: _Work, arrays: tuple[str, ...], sizes: tuple[str, str, str, str]) -> None:
-    """All rows over each page that any of them sees, in order; the next page is fetched meanwhile."""
+def _blocks(
+    code: Code, work: _Work, arrays: tuple[str, ...], sizes: tuple[str, str, str, str], seen: tuple[str, str]
+) -> None:
+    """All rows over each block of pages that any of them sees, in order; the next page is fetched meanwhile."""
     q_rows, acc, highest, total, lows, highs, scores = arrays
-    rows, stride, first, last = sizes
+    rows, stride, block_pages, block_rows = sizes
     dim, page_size, kv_heads, width = work["dim"], work["page_size"], work["kv_heads"], work["table_width"]
     most = code.let(f"sub i64 {work['pages']}, 1")
-    first_page = code.let(f"sdiv i64 {code.load('i64', first)}, {page_size}")
-    past = code.let(f"add i64 {code.load('i64', last)}, {code.let(f'sub i64 {page_size}, 1')}")
-    end_page = _smaller(code, code.let(f"sdiv i64 {past}, {page_size}"), width)
+    first_block = code.let(f"sdiv i64 {code.load('i64', seen[0])}, {block_rows}")
+    past = code.let(f"add i64 {code.load('i64', seen[1])}, {code.let(f'sub i64 {page_size}, 1')}")
+    last_page = code.let(f"sub i64 {_smaller(code, code.let(f'sdiv i64 {past}, {page_size}'), width)}, 1")
     is_wide = code.let(f"icmp ne i64 {work['kv_wide']}, 0")
     value_bytes = code.let(f"select i1 {is_wide}, i64 4, i64 2")
     page_bytes = code.let(f"mul i64 {code.let(f'mul i64 {page_size}, {dim}')}, {value_bytes}")
     table = code.at(work["table"], "i32", code.let(f"mul i64 {_larger(code, '%s', 0)}, {width}"))
-
-    def place(column: str) -> tuple[str, str]:
-        """Where this head's K and V of a page lie."""
-        page = code.let(f"sext i32 {code.load('i32', table, column)} to i64")
-        page = _smaller(code, _larger(code, page, 0), most)
-        index = code.let(f"add i64 {code.let(f'mul i64 {page}, {kv_heads}')}, %h")
-        offset = code.let(f"mul i64 {index}, {page_bytes}")
-        return code.at(work["keys"], "i8", offset), code.at(work["values"], "i8", offset)
-
-    with code.loop(first_page, end_page) as p:
-        keys, values = place(p)
-        last_page = code.let(f"sub i64 {end_page}, 1")
-        ahead = place(_smaller(code, code.let(f"add i64 {p}, 1"), last_page))
-        base = code.let(f"mul i64 {p}, {page_size}")
+    # where the pages of a block lie, and the one after them
+    keys, values = (code.variable(f"[{MOST_PAGES + 1} x ptr]", "zeroinitializer") for _ in range(2))
+    end_block = code.let(f"add i64 {code.let(f'sdiv i64 {last_page}, {block_pages}')}, 1")
+    end_block = code.let(f"select i1 {code.let(f'icmp slt i64 {last_page}, 0')}, i64 0, i64 {end_block}")
+    with code.loop(first_block, end_block) as b:
+        first_page = code.let(f"mul i64 {b}, {block_pages}")
+        with code.loop(0, code.let(f"add i64 {block_pages}, 1")) as p:
+            column = _smaller(code, code.let(f"add i64 {first_page}, {p}"), last_page)
+            page = code.let(f"sext i32 {code.load('i32', table, column)} to i64")
+            page = _smaller(code, _larger(code, page, 0), most)
+            index = code.let(f"add i64 {code.let(f'mul i64 {page}, {kv_heads}')}, %h")
+            offset = code.let(f"mul i64 {index}, {page_bytes}")
+            code.store("ptr", code.at(work["keys"], "i8", offset), keys, p)
+            code.store("ptr", code.at(work["values"], "i8", offset), values, p)
+        base = code.let(f"mul i64 {b}, {block_rows}")
         with code.loop(0, rows, ROWS) as j:
             left = _smaller(code, code.let(f"sub i64 {rows}, {j}"), ROWS)
             at = code.let(f"mul i64 {j}, {dim}")
-            is_first = code.let(f"icmp eq i64 {j}, 0")
-            nexts = [
-                code.let(f"select i1 {is_first}, ptr {there}, ptr {here}")
-                for there, here in zip(ahead, (keys, values), strict=True)
-            ]
+            ahead = code.let(f"zext i1 {code.let(f'icmp eq i64 {j}, 0')} to i64")  # the first rows fetch for all
             arguments = ", ".join(
                 [
                     *(f"ptr {code.at(array, 'float', at)}" for array in (q_rows, acc)),
                     f"ptr {code.at(highest, 'float', j)}, ptr {code.at(total, VECTOR, j)}, ptr {keys}, ptr {values}",
-                    f"ptr {nexts[0]}, ptr {nexts[1]}",
                     f"ptr {code.at(lows, 'i64', j)}, ptr {code.at(highs, 'i64', j)}, ptr {scores}",
-                    f"i64 {base}, i64 {page_size}, i64 {dim}, i64 {stride}",
+                    f"i64 {base}, i64 {block_rows}, i64 {page_size}, i64 {dim}, i64 {stride}, i64 {ahead}",
                 ]
             )
             for wide in (True, False):
@@ -426,7 +454,8 @@ def _scratch_bytes(code: Code, work: _Work, tokens: str) -> str:
     group = code.let(f"sdiv i64 {work['q_heads']}, {work['kv_heads']}")
     rows = code.let(f"mul i64 {tokens}, {group}")
     row_bytes = code.let(f"add i64 {code.let(f'mul i64 {work["dim"]}, 8')}, {4 * LANES + 4 + 16}")
-    score_bytes = code.let(f"mul i64 {code.let(f'add i64 {work["page_size"]}, {LANES}')}, {4 * ROWS}")
+    block_rows = code.let(f"add i64 {_larger(code, work['page_size'], BLOCK)}, {LANES}")
+    score_bytes = code.let(f"mul i64 {block_rows}, {4 * ROWS}")
     return code.let(f"add i64 {code.let(f'mul i64 {rows}, {row_bytes}')}, {score_bytes}")
 
 

@@ -95,7 +95,7 @@ class Inputs:
 def build(case: Case, seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
     lengths = [(rows - case.width, case.width) if rows else (0, 0) for rows in case.decode]
-    lengths += list(case.prefill)
+    lengths += [(before if queries else 0, queries) for before, queries in case.prefill]
     kv_len = np.array([before + queries if queries else 0 for before, queries in lengths], np.int32)
     num_decode = len(case.decode)
     pages_per_seq = max(1, -(-int(kv_len.max()) // case.page_size))

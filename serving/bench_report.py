@@ -105,7 +105,7 @@ def common_report(engine: Engine) -> dict[str, Any]:
         "device": hardware.describe_device(),
         "versions": versions(),
         "engine": engine.info(),
-        "config": vars(engine.config),
+        "config": {**vars(engine.config), "compilation_cache_dir": None},  # a path of this machine, of no interest
     }
 
 

@@ -22,13 +22,13 @@ MOST_PAGES = BLOCK // KEYS  # of a block
 VECTOR = f"<{LANES} x float>"
 WORDS = f"<{LANES} x i32>"
 MASKED = -1e30  # below every score, and finite: exp(MASKED - MASKED) is 1, not NaN
-SETTINGS = ("num_decode_seqs", "width", "window", "tile_tokens", "scale")  # i32 each; scale: float32 bits
+SETTINGS = ("decode_seqs", "width", "window", "tile_tokens", "scale")  # the last operand, i32 each; scale: float32 bits
 
 # %Work's fields in order: operands, results, then sizes; all i64 but for the pointers.
 _POINTERS = ("q", "keys", "values", "table", "q_start", "kv_len", "position", "out", "highest", "total")
 _SIZES = (
     *("tokens", "q_heads", "dim", "pages", "kv_heads", "page_size", "seqs", "table_width"),
-    *("decode_seqs", "width", "window", "tile_tokens", "scale", "q_wide", "kv_wide", "out_wide"),
+    *(*SETTINGS, "q_wide", "kv_wide", "out_wide"),
 )
 _FIELDS = {name: ("ptr", place) for place, name in enumerate(_POINTERS)}
 _FIELDS |= {name: ("i64", len(_POINTERS) + place) for place, name in enumerate(_SIZES)}
@@ -481,7 +481,7 @@ def _execute() -> str:
     values |= {name: size("keys", axis) for axis, name in enumerate(("pages", "kv_heads", "page_size"))}
     values |= {"seqs": size("table", 0), "table_width": size("table", 1)}
     given = field("settings", 3, "ptr")
-    for place, name in enumerate(("decode_seqs", "width", "window", "tile_tokens", "scale")):
+    for place, name in enumerate(SETTINGS):
         values[name] = code.let(f"sext i32 {code.load('i32', given, place)} to i64")
     values |= {"q_wide": is_f32("q"), "kv_wide": is_f32("keys"), "out_wide": is_f32("out")}
     work = code.variable("%Work", "zeroinitializer")

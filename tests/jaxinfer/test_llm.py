@@ -104,10 +104,13 @@ def test_ctrl_c_takes_effect_between_steps_and_leaves_the_engine_usable(
         return step()
 
     monkeypatch.setattr(llm.engine, "step", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(PROMPTS, replace(GREEDY, max_tokens=200), progress=False)
-    assert signal.getsignal(signal.SIGINT) is handler and not llm.engine.has_work()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born ignoring it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, replace(GREEDY, max_tokens=200), progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not llm.engine.has_work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     llm.engine.check()
     assert len(llm.generate(PROMPTS[0], GREEDY, progress=False)[0].outputs[0].token_ids) == 24
 

@@ -108,16 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args()
-    results = [{"case": asdict(case), "gbps": measure(case)} for case in CASES]
+    results = [(case, measure(case)) for case in CASES]
     if args.json:
-        print(json.dumps({"device": describe_device(), "jax": jax.__version__, "results": results}, indent=1))
+        rows = [{"case": asdict(case), "gbps": rates} for case, rates in results]
+        print(json.dumps({"device": describe_device(), "jax": jax.__version__, "results": rows}, indent=1))
         return
-    for case, result in zip(CASES, results, strict=True):
-        rates = ", ".join(
-            f"{name} {rate['median']:.1f} ({rate['low']:.1f} to {rate['high']:.1f})"
-            for name, rate in result["gbps"].items()  # type: ignore[attr-defined]
-        )
-        print(f"{case}: {rates} GB/s")
+    for case, rates in results:
+        texts = [f"{name} {r['median']:.1f} ({r['low']:.1f} to {r['high']:.1f})" for name, r in rates.items()]
+        print(f"{case}: {', '.join(texts)} GB/s")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from jaxinfer.step import Drivers, Outcome, Report
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.watchdog import Watchdog
 from pallas_kernels import attention
+from pallas_kernels.dispatch import BackendError
 
 log = logging.getLogger(__name__)
 
@@ -366,12 +367,11 @@ class Engine:
 
 
 def _check_attention(model: ModelConfig, config: EngineConfig) -> None:
-    """ConfigError where only the slow reference is left to choose: whoever wants that asks for it."""
-    spec = kv_spec(model, config)
-    chosen, _ = attention.OP.choose(config.attention_backend, spec=spec)
-    if config.attention_backend == "auto" and chosen == "reference":
-        reasons = "; ".join(f"{name}: {text}" for name, text in attention.OP.refusals(spec=spec).items() if text)
-        raise ConfigError(f"no fast attention kernel takes {spec}: {reasons} (attention_backend=reference is slow)")
+    """ConfigError where no attention kernel, or not the one asked for, takes these pages."""
+    try:
+        attention.OP.choose(config.attention_backend, spec=kv_spec(model, config))
+    except BackendError as error:
+        raise ConfigError(f"attention_backend={config.attention_backend}: {error}") from error
 
 
 def _mix(value: int) -> int:

@@ -40,7 +40,7 @@ _NAN_ERROR = "the model produced NaN or infinite logits for this sequence, or it
 
 # What another step costs, in prefill tokens: measured on a CPU, the shipped model (docs/performance.md). Decode rows
 # that take part use the step anyway.
-STEP, STEP_ALONE = 32, 128
+STEP_TOKENS, LONE_STEP_TOKENS = 32, 128
 
 
 def unpadded(num_tokens: int, buckets: Seq[int], step_tokens: int) -> int:
@@ -214,7 +214,9 @@ class Scheduler:
         """
         last = chunks[-1]
         total = sum(chunk.length for chunk in chunks)
-        kept = last.length - (total - unpadded(total, self._config.prefill_buckets, STEP_ALONE if alone else STEP))
+        kept = last.length - (
+            total - unpadded(total, self._config.prefill_buckets, LONE_STEP_TOKENS if alone else STEP_TOKENS)
+        )
         if kept == last.length or kept < 1 or not self._config.chunked_prefill:
             return
         last.sequence.prefill_planned -= last.length - kept

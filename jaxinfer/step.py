@@ -39,7 +39,7 @@ Parameters = tuple[jax.Array, ...]
 class Outcome(NamedTuple):
     """What a call tells the host. `main` is one buffer, so that one transfer answers the common case."""
 
-    main: jax.Array  # i32[slots, 2 * steps + 2], see `Report`
+    main: jax.Array  # i32[slots, 2 * steps + 2]: steps made, finished, tokens, log-probabilities (f32 bits)
     top_ids: jax.Array  # i32[steps, slots, MAX_TOP_LOGPROBS]
     top_logprobs: jax.Array  # f32[steps, slots, MAX_TOP_LOGPROBS]
 

@@ -14,6 +14,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "reference"  # every operation's oracle: slow, so it runs only where it is asked for
+
 _logged: set[tuple[str, str]] = set()  # (operation, case) whose automatic choice was logged already
 
 
@@ -41,8 +43,8 @@ class Op:
     def choose(self, backend: str, /, **case: Any) -> tuple[str, Any]:
         """`(name, module)` of the backend for `case`, the keyword arguments of every backend's `refuse`.
 
-        `backend` is "auto" (the first that does not refuse) or a name. Raises BackendError when the named backend, or
-        every backend, refuses.
+        `backend` is "auto" (the first but the reference that does not refuse) or a name. Raises BackendError when the
+        named backend, or every backend but the reference, refuses.
         """
         if backend == "auto":
             return self._first_willing(case)
@@ -57,6 +59,8 @@ class Op:
     def _first_willing(self, case: dict[str, Any]) -> tuple[str, Any]:
         reasons: dict[str, str] = {}
         for name in self.backends:
+            if name == REFERENCE:
+                continue
             module = self.load(name)
             reason = module.refuse(**case)
             if reason is None:

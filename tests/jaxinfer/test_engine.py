@@ -430,7 +430,7 @@ def test_options_that_cannot_be_honoured_are_refused(model_dir: Path) -> None:
     for changes, words in (
         ({"max_model_len": 1000}, "max_model_len=1000 is over the model's 512 positions"),
         ({"kv_memory_bytes": 20_000}, "one sequence of max_model_len=256 needs"),
-        ({"page_size": 48}, "no fast attention kernel takes .*page_size 48 must divide 128"),
+        ({"page_size": 48}, "no attention backend takes .*page_size 48 must divide 128"),
         ({"chunked_prefill": False}, "needs max_num_batched_tokens of at least max_model_len=256, not 64"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -65,8 +65,8 @@ def test_random_schedules_give_every_request_its_tokens(
     prefix_caching: bool,
     chunked_prefill: bool,
 ) -> None:
-    monkeypatch.setattr(scheduler, "STEP", step_cost)
-    monkeypatch.setattr(scheduler, "STEP_ALONE", step_cost)
+    monkeypatch.setattr(scheduler, "STEP_TOKENS", step_cost)
+    monkeypatch.setattr(scheduler, "LONE_STEP_TOKENS", step_cost)
     rng = random.Random(seed)
     driver = driver_of(
         windows,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels import attention
 from pallas_kernels.attention import KVSpec, Ragged, UnsupportedError
 from pallas_kernels.dispatch import BackendError
+from pallas_kernels.native import jit
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Case:
     kv_dtype: str | None = None  # of the pages, where it is another one
 
 
-BACKENDS = [name for name in attention.OP.backends if name != "reference"]
+NATIVE = pytest.param("llvm_cpu", marks=pytest.mark.skipif(jit.unavailable() is not None, reason="no native kernels"))
+NATIVE_DTYPES = [pytest.param("llvm_cpu", dtype, marks=NATIVE.marks) for dtype in ("float32", "bfloat16")]
+BACKENDS = ["xla", NATIVE]
 CASES = {
     "decode": Case(decode=(1, 5, 130, 0, 257)),
     "decode-mha": Case(decode=(3, 129), q_heads=2, kv_heads=2),
@@ -172,14 +175,7 @@ def spec_of(case: Case) -> KVSpec:
     return KVSpec(case.kv_heads, case.head_dim, case.page_size, jnp.dtype(case.kv_dtype or case.dtype))
 
 
-def skip_if_refused(backend: str, case: Case) -> None:
-    refusal = attention.OP.refusals(spec=spec_of(case))[backend]
-    if refusal is not None:
-        pytest.skip(refusal)
-
-
 def check(backend: str, case: Case, seed: int = 0) -> None:
-    skip_if_refused(backend, case)
     inputs = build(case, seed)
     expected_out, expected_lse, expected_pages = run("reference", case, inputs)
     out, lse, pages = run(backend, case, inputs)
@@ -193,10 +189,22 @@ def check(backend: str, case: Case, seed: int = 0) -> None:
     assert (written >= inputs.owned[1:]).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_case(name: str, backend: str) -> None:
+def test_case(name: str) -> None:
+    check("xla", CASES[name])
+
+
+@pytest.mark.parametrize("backend", [NATIVE])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.page_size >= 4])
+def test_native_case(name: str, backend: str) -> None:
     check(backend, CASES[name])
+
+
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_the_native_kernel_refuses_by_name(backend: str) -> None:
+    for spec, words in ((KVSpec(2, 16, 1), "page_size 1 must be"), (KVSpec(2, 24, 32), "head_dim 24 must be")):
+        with pytest.raises(BackendError, match=words):
+            attention.allocate(spec, 4, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,11 +234,10 @@ def test_any_mix(backend, decode, prefill, heads, page_size, window, padding, se
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (8, 1)], ids=["gqa", "mha", "mqa"])
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize(("backend", "dtype"), [("xla", "float32"), ("llvm_cpu", "float32"), ("llvm_cpu", "bfloat16")])
+@pytest.mark.parametrize(("backend", "dtype"), [("xla", "float32"), *NATIVE_DTYPES])
 def test_bits_do_not_depend_on_the_batch(backend: str, dtype: str, heads: tuple[int, int], window: int | None) -> None:
     """A token's output is bit-identical decoded alone, decoded among others, or prefilled in any chunk."""
     base = Case(q_heads=heads[0], kv_heads=heads[1], window=window, dtype=dtype, prefill=((0, 300),))
-    skip_if_refused(backend, base)
     inputs = build(base)
     out, _, pages = run(backend, base, inputs)
     for before, queries in ((299, 1), (170, 130), (250, 50), (128, 172)):
@@ -297,7 +304,9 @@ def test_page_operations(backend: str) -> None:
 def test_refusals_name_the_value() -> None:
     with pytest.raises(BackendError, match="page_size 48 must divide 128"):
         attention.allocate(KVSpec(2, 8, 48, jnp.float32), 4, backend="xla")
-    assert attention.allocate(KVSpec(2, 8, 48, jnp.float32), 4).backend == "reference"
+    with pytest.raises(BackendError, match=r"no attention backend takes .*page_size 48"):  # the reference must be asked
+        attention.allocate(KVSpec(2, 8, 48, jnp.float32), 4)
+    assert attention.allocate(KVSpec(2, 8, 48, jnp.float32), 4, backend="reference").backend == "reference"
     with pytest.raises(BackendError, match="'flash' is not one of auto, llvm_cpu, xla, reference"):
         attention.allocate(KVSpec(2, 8, 16), 4, backend="flash")
     inputs = build(CASES["decode"])

@@ -113,7 +113,8 @@ def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> Dev
     groups, spec = page_groups(model), kv_spec(model, config)
     pages_of = {layer: limits.num_pages[g] for g, group in enumerate(groups) for layer in group.layers}
     layers = tuple(
-        attention.allocate(spec, pages_of[layer], backend=config.attention_backend) for layer in sorted(pages_of)
+        attention.allocate(spec, pages_of[layer], backend=config.attention_backend, q_heads=model.q_heads)
+        for layer in sorted(pages_of)
     )
     ints = partial(jnp.zeros, dtype=jnp.int32)
     slots = SlotState(

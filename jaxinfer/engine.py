@@ -369,7 +369,7 @@ class Engine:
 def _check_attention(model: ModelConfig, config: EngineConfig) -> None:
     """ConfigError where no attention kernel, or not the one asked for, takes these pages."""
     try:
-        attention.OP.choose(config.attention_backend, spec=kv_spec(model, config))
+        attention.choose(kv_spec(model, config), backend=config.attention_backend, q_heads=model.q_heads)
     except BackendError as error:
         raise ConfigError(f"attention_backend={config.attention_backend}: {error}") from error
 

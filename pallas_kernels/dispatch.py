@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from pallas_kernels.devices import Device
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +27,14 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """An operation and its backends, `"name": "module"`, in the order in which an automatic choice prefers them."""
+    """An operation and its backends, `"name": "module"`, in the order in which an automatic choice prefers them.
+
+    `platforms` names a backend's platforms where it does not take all; elsewhere it refuses without being imported.
+    """
 
     name: str
     backends: Mapping[str, str]
+    platforms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def load(self, backend: str) -> Any:
         """The module of a backend, imported on first use. Raises BackendError for an unknown name."""
@@ -36,22 +42,29 @@ class Op:
             raise BackendError(f"{self.name} backend {backend!r} is not one of auto, {', '.join(self.backends)}")
         return importlib.import_module(self.backends[backend])
 
-    def refusals(self, **case: Any) -> dict[str, str | None]:
-        """For each backend: None where it takes the case, else its reason."""
-        return {name: self.load(name).refuse(**case) for name in self.backends}
+    def refuse(self, backend: str, /, *, device: Device, **case: Any) -> str | None:
+        """Why a backend does not take the case on this device; None where it does. BackendError for an unknown name."""
+        platforms = self.platforms.get(backend, (device.platform,))
+        if device.platform not in platforms:
+            return f"it is for {' and '.join(platforms)}, the device is {device}"
+        return self.load(backend).refuse(device=device, **case)
 
-    def choose(self, backend: str, /, **case: Any) -> tuple[str, Any]:
+    def refusals(self, *, device: Device, **case: Any) -> dict[str, str | None]:
+        """For each backend: None where it takes the case, else its reason."""
+        return {name: self.refuse(name, device=device, **case) for name in self.backends}
+
+    def choose(self, backend: str, /, *, device: Device, **case: Any) -> tuple[str, Any]:
         """`(name, module)` of the backend for `case`, the keyword arguments of every backend's `refuse`.
 
         `backend` is "auto" (the first but the reference that does not refuse) or a name. Raises BackendError when the
         named backend, or every backend but the reference, refuses.
         """
+        case = {**case, "device": device}
         if backend == "auto":
             return self._first_willing(case)
-        module = self.load(backend)
-        reason = module.refuse(**case)
+        reason = self.refuse(backend, **case)
         if reason is None:
-            return backend, module
+            return backend, self.load(backend)
         willing = [name for name, refusal in self.refusals(**case).items() if refusal is None]
         advice = f"what would work: auto, {', '.join(willing)}" if willing else "no other backend takes it either"
         raise BackendError(f"{self.name} backend {backend!r} refuses {_describe(case)}: {reason} ({advice})")
@@ -61,11 +74,10 @@ class Op:
         for name in self.backends:
             if name == REFERENCE:
                 continue
-            module = self.load(name)
-            reason = module.refuse(**case)
+            reason = self.refuse(name, **case)
             if reason is None:
                 self._log_once(name, reasons, case)
-                return name, module
+                return name, self.load(name)
             reasons[name] = reason
         raise BackendError(f"no {self.name} backend takes {_describe(case)}: {_join(reasons)}")
 

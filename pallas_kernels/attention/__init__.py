@@ -7,6 +7,7 @@ later call runs on. Callers see tokens, sequences and page numbers, never a layo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,21 +15,36 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import devices
+from pallas_kernels.attention import storage
+from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import Op
 
 OP = Op(
     name="attention",
     backends={
+        "mosaic_tpu": "pallas_kernels.attention.mosaic_tpu",
+        "mosaic_gpu": "pallas_kernels.attention.mosaic_gpu",
+        "triton": "pallas_kernels.attention.triton",
         "llvm_cpu": "pallas_kernels.attention.llvm_cpu",
         "xla": "pallas_kernels.attention.xla",
         "reference": "pallas_kernels.attention.reference",
+    },
+    platforms={
+        "mosaic_tpu": ("tpu",),
+        "mosaic_gpu": ("cuda",),
+        "triton": ("cuda", "rocm"),
+        "llvm_cpu": ("cpu",),
     },
 )
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What one layer's K/V pages hold: `page_size` tokens of `kv_heads` x `head_dim` values each for K and V."""
+    """What one layer's K/V pages hold: `page_size` tokens of `kv_heads` x `head_dim` values each for K and V.
+
+    `dtype`: bfloat16, float32, float16; or int8, float8_e4m3fn, int4 with f32 scales per token and KV head, of K and V.
+    """
 
     kv_heads: int
     head_dim: int
@@ -36,8 +52,22 @@ class KVSpec:
     dtype: Any = jnp.bfloat16
 
     @property
+    def quantized(self) -> bool:
+        return storage.is_quantized(self.dtype)
+
+    @property
     def token_bytes(self) -> int:
-        return 2 * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        """Bytes of one token's K and V, scales included."""
+        return 2 * self.kv_heads * (self.head_dim * storage.bits(self.dtype) // 8 + (4 if self.quantized else 0))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=())
+@dataclass(frozen=True)
+class PageRows:
+    """Pages in the canonical form, K at 0 and V at 1 of axis 2; int4 values come as int8 between -7 and 7."""
+
+    values: jax.Array  # [n, page_size, 2, kv_heads, head_dim]
+    scales: jax.Array | None = None  # f32[n, page_size, 2, kv_heads], where the pages are quantized
 
 
 class LayerKV(Protocol):
@@ -79,10 +109,21 @@ class UnsupportedError(ValueError):
     """A request to a kernel that its backend cannot honour; the message says what would work."""
 
 
-def allocate(spec: KVSpec, num_pages: int, *, backend: str = "auto") -> LayerKV:
-    """Zeroed pages for one layer. Page 0 is the trash page. Raises where a forced backend refuses the spec."""
-    _, module = OP.choose(backend, spec=spec)
-    return module.allocate(spec, num_pages)
+def choose(
+    spec: KVSpec, *, backend: str = "auto", q_heads: int | None = None, device: Device | None = None
+) -> tuple[str, Any]:
+    """`(name, module)` of the backend that holds such pages; BackendError where a forced one, or every one, refuses.
+
+    `q_heads`: query heads that will read them (None: as many as KV heads); `device`: None is the one compiled for.
+    """
+    return OP.choose(backend, spec=spec, q_heads=q_heads or spec.kv_heads, device=device or devices.current())
+
+
+def allocate(
+    spec: KVSpec, num_pages: int, *, backend: str = "auto", q_heads: int | None = None, device: Device | None = None
+) -> LayerKV:
+    """Zeroed pages for one layer, on the backend of `choose`. Page 0 is the trash page."""
+    return choose(spec, backend=backend, q_heads=q_heads, device=device)[1].allocate(spec, num_pages)
 
 
 def attend(
@@ -111,14 +152,14 @@ def attend(
     return OP.load(kv.backend).attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
 
 
-def read_pages(kv: LayerKV, pages: jax.Array) -> jax.Array:
-    """`pages: i32[n]` -> the canonical form `[n, page_size, 2, kv_heads, head_dim]` (K at 0, V at 1)."""
+def read_pages(kv: LayerKV, pages: jax.Array) -> PageRows:
+    """What lies in `pages: i32[n]`, in the canonical form; exactly, scales included."""
     return OP.load(kv.backend).read_pages(kv, pages)
 
 
-def write_pages(kv: LayerKV, pages: jax.Array, values: jax.Array) -> LayerKV:
-    """Write canonical `values [n, page_size, 2, kv_heads, head_dim]` into `pages: i32[n]`."""
-    return OP.load(kv.backend).write_pages(kv, pages, values)
+def write_pages(kv: LayerKV, pages: jax.Array, rows: PageRows) -> LayerKV:
+    """Write what `read_pages` gave, for pages of the same KVSpec on any backend, into `pages: i32[n]`."""
+    return OP.load(kv.backend).write_pages(kv, pages, rows)
 
 
 def copy_pages(kv: LayerKV, source: jax.Array, target: jax.Array) -> LayerKV:
@@ -129,6 +170,29 @@ def copy_pages(kv: LayerKV, source: jax.Array, target: jax.Array) -> LayerKV:
 def move_rows(kv: LayerKV, source: tuple[jax.Array, jax.Array], target: tuple[jax.Array, jax.Array]) -> LayerKV:
     """Move rows given as `(pages i32[n], offsets i32[n])`; all reads come before all writes."""
     return OP.load(kv.backend).move_rows(kv, source, target)
+
+
+def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """One `(out [..., head_dim], lse f32[...])` from those over disjoint sets of rows, exactly (log-sum-exp).
+
+    A part that saw no row has lse -inf and adds nothing.
+    """
+    highest = jnp.maximum(jnp.max(jnp.stack([lse for _, lse in parts]), axis=0), jnp.finfo(jnp.float32).min)
+    weights = [jnp.exp(lse - highest) for _, lse in parts]
+    total = sum(weights[1:], start=weights[0])
+    used = total > 0
+    weighted = sum(out.astype(jnp.float32) * weight[..., None] for (out, _), weight in zip(parts, weights, strict=True))
+    out = jnp.where(used[..., None], weighted / jnp.where(used, total, 1.0)[..., None], 0.0)
+    return out.astype(parts[0][0].dtype), jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
+
+
+def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """What attention with `sinks f32[q_heads]` gives, from its `(out [tokens, q_heads, head_dim], lse)` without."""
+    if sinks is None:
+        return out, lse
+    used = jnp.isfinite(lse)  # a token that sees nothing does not see sinks either
+    total = jnp.where(used, jnp.logaddexp(lse, sinks[None, :]), -jnp.inf)
+    return jnp.where(used[..., None], out * jnp.exp(lse - total)[..., None], 0.0).astype(out.dtype), total
 
 
 def token_sequence(ragged: Ragged, num_tokens: int) -> jax.Array:

@@ -10,14 +10,17 @@ import functools
 import threading
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import KVSpec, Ragged, llvm_rows, xla
+from pallas_kernels.attention import KVSpec, Ragged, llvm_rows, with_sinks, xla
+from pallas_kernels.attention.xla import copy_pages, move_rows, read_pages, write_pages
+from pallas_kernels.devices import Device
 from pallas_kernels.native import handler, jit
+
+__all__ = ["NativeKV", "allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
 
 TARGET_NAME = "jaxinfer_attention_v1"  # stands in compiled programs: a new number for every change of the contract
 DTYPES = ("bfloat16", "float32")
@@ -26,21 +29,25 @@ TILE_ROWS = 64  # query rows (tokens times group) of a prefill tile: their state
 _registration = threading.Lock()
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values"), meta_fields=())
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("keys", "values", "key_scales", "value_scales"),
+    meta_fields=(),
+)
 @dataclass(frozen=True)
 class NativeKV(xla.XlaKV):
-    """K and V pages, each `[pages, kv_heads, page_size, head_dim]`."""
+    """K and V pages as the `xla` backend has them; never quantized."""
 
     @property
     def backend(self) -> str:
         return "llvm_cpu"
 
 
-def refuse(*, spec: KVSpec) -> str | None:
+def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     """None, or why these pages cannot be served. Compiles the kernel when nothing else speaks against it."""
     dtype = jnp.dtype(spec.dtype).name
-    if jax.default_backend() != "cpu":
-        return f"it is for CPUs, the platform is {jax.default_backend()}"
+    if device.platform != "cpu":
+        return f"it is for CPUs, the device is {device}"
     if dtype not in DTYPES:
         return f"K/V dtype {dtype} is not one of {', '.join(DTYPES)}"
     if spec.head_dim % llvm_rows.LANES:
@@ -48,7 +55,7 @@ def refuse(*, spec: KVSpec) -> str | None:
     if spec.page_size % llvm_rows.KEYS:
         return f"page_size {spec.page_size} must be a multiple of {llvm_rows.KEYS}"
     with _registration:
-        return xla.refuse(spec=spec) or _register()
+        return xla.refuse(spec=spec, q_heads=q_heads, device=device) or _register()
 
 
 @functools.cache
@@ -58,7 +65,8 @@ def _register() -> str | None:
 
 
 def allocate(spec: KVSpec, num_pages: int) -> NativeKV:
-    return _native(xla.allocate(spec, num_pages))
+    pages = xla.allocate(spec, num_pages)
+    return NativeKV(pages.keys, pages.values)
 
 
 def attend(
@@ -75,9 +83,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array, NativeKV]:
     plain = softcap is None and ragged.ancestors is None and ragged.kv_position is None
     if not plain or q.dtype.name not in DTYPES:
-        out, lse, written = xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
-        return out, lse, _native(written)
-    kv = _native(xla.write(kv, k, v, ragged, q.shape[0]))
+        return xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
+    kv = xla.write(kv, k, v, ragged, q.shape[0])
     group = q.shape[1] // kv.spec.kv_heads
     settings = np.array([ragged.num_decode_seqs, ragged.width, window or 0, max(1, TILE_ROWS // group), 0], np.int32)
     settings[4:].view(np.float32)[0] = scale
@@ -88,27 +95,5 @@ def attend(
     out, highest, total = call(q, kv.keys, kv.values, *(x.astype(jnp.int32) for x in rows), settings)
     used = total != 0
     lse = jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
-    if sinks is not None:
-        without, lse = lse, jnp.where(used, jnp.logaddexp(lse, sinks[None, :]), -jnp.inf)
-        out = jnp.where(used[..., None], out * jnp.exp(without - lse)[..., None], 0.0).astype(q.dtype)
-    return out, lse, kv
-
-
-def _native(kv: xla.XlaKV) -> NativeKV:
-    return NativeKV(kv.keys, kv.values)
-
-
-def read_pages(kv: NativeKV, pages: jax.Array) -> jax.Array:
-    return xla.read_pages(kv, pages)
-
-
-def write_pages(kv: NativeKV, pages: jax.Array, values: jax.Array) -> NativeKV:
-    return _native(xla.write_pages(kv, pages, values))
-
-
-def copy_pages(kv: NativeKV, source: jax.Array, target: jax.Array) -> NativeKV:
-    return _native(xla.copy_pages(kv, source, target))
-
-
-def move_rows(kv: NativeKV, source: Any, target: Any) -> NativeKV:
-    return _native(xla.move_rows(kv, source, target))
+    out, lse = with_sinks(out, lse, sinks)
+    return out.astype(q.dtype), lse, kv

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import KVSpec, Ragged, token_rows
+from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, token_rows
+from pallas_kernels.devices import Device
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("pages",), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("dtype",))
 @dataclass(frozen=True)
 class ReferenceKV:
-    """Pages in the canonical form `[pages, page_size, 2, kv_heads, head_dim]`."""
+    """Pages in the canonical form: `values [pages, page_size, 2, kv_heads, head_dim]` (int4 unpacked) and scales."""
 
-    pages: jax.Array
+    values: jax.Array
+    scales: jax.Array | None  # f32[pages, page_size, 2, kv_heads]
+    dtype: str
 
     @property
     def spec(self) -> KVSpec:
-        _, page_size, _, kv_heads, head_dim = self.pages.shape
-        return KVSpec(kv_heads, head_dim, page_size, self.pages.dtype)
+        _, page_size, _, kv_heads, head_dim = self.values.shape
+        return KVSpec(kv_heads, head_dim, page_size, jnp.dtype(self.dtype))
 
     @property
     def backend(self) -> str:
         return "reference"
 
+    def dequantized(self) -> jax.Array:
+        """f32[pages, page_size, 2, kv_heads, head_dim]"""
+        wide = self.values.astype(jnp.float32)
+        return wide if self.scales is None else wide * self.scales[..., None]
 
-def refuse(*, spec: KVSpec) -> str | None:
+
+def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     """It takes everything."""
     return None
 
 
 def allocate(spec: KVSpec, num_pages: int) -> ReferenceKV:
-    return ReferenceKV(jnp.zeros((num_pages, spec.page_size, 2, spec.kv_heads, spec.head_dim), spec.dtype))
+    name = jnp.dtype(spec.dtype).name
+    shape = (num_pages, spec.page_size, 2, spec.kv_heads, spec.head_dim)
+    values = jnp.zeros(shape, jnp.int8 if name == "int4" else spec.dtype)
+    return ReferenceKV(values, jnp.zeros(shape[:-1], jnp.float32) if spec.quantized else None, name)
 
 
 def attend(
@@ -53,13 +64,13 @@ def attend(
     num_tokens, q_heads, head_dim = q.shape
     spec = kv.spec
     page, offset, seq = token_rows(ragged, num_tokens, spec.page_size)
-    pages = kv.pages
     if k is not None and v is not None:
-        pages = pages.at[page, offset].set(jnp.stack([k, v], axis=1).astype(pages.dtype))
+        kv = _write(kv, jnp.stack([k, v], axis=1), page, offset)
+    pages = kv.dequantized()
     out = jnp.zeros(q.shape, jnp.float32)
     lse = jnp.full((num_tokens, q_heads), -jnp.inf)
     for s in range(ragged.kv_len.shape[0]):
-        rows = pages[ragged.page_table[s]].reshape(-1, 2, spec.kv_heads, head_dim).astype(jnp.float32)
+        rows = pages[ragged.page_table[s]].reshape(-1, 2, spec.kv_heads, head_dim)
         seen = _visible(ragged, s, seq == s, rows.shape[0], window)
         rows = jnp.where(jnp.any(seen, axis=0)[:, None, None, None], rows, 0.0)  # what nobody sees may be NaN
         keys, values = (jnp.repeat(rows[:, i], q_heads // spec.kv_heads, axis=1) for i in (0, 1))
@@ -76,7 +87,14 @@ def attend(
         mine = (seq == s)[:, None]
         out = jnp.where(mine[..., None], jnp.einsum("tnr,rnh->tnh", weights, values), out)
         lse = jnp.where(mine, total, lse)
-    return out.astype(q.dtype), lse, ReferenceKV(pages)
+    return out.astype(q.dtype), lse, kv
+
+
+def _write(kv: ReferenceKV, rows: jax.Array, page: jax.Array, offset: jax.Array) -> ReferenceKV:
+    if kv.scales is None:
+        return replace(kv, values=kv.values.at[page, offset].set(rows.astype(kv.values.dtype)))
+    values, scales = storage.quantize(rows, kv.dtype)
+    return replace(kv, values=kv.values.at[page, offset].set(values), scales=kv.scales.at[page, offset].set(scales))
 
 
 def _visible(ragged: Ragged, s: int, mine: jax.Array, num_rows: int, window: int | None) -> jax.Array:
@@ -95,17 +113,27 @@ def _visible(ragged: Ragged, s: int, mine: jax.Array, num_rows: int, window: int
     return seen
 
 
-def read_pages(kv: ReferenceKV, pages: jax.Array) -> jax.Array:
-    return kv.pages[pages]
+def read_pages(kv: ReferenceKV, pages: jax.Array) -> PageRows:
+    return PageRows(kv.values[pages], None if kv.scales is None else kv.scales[pages])
 
 
-def write_pages(kv: ReferenceKV, pages: jax.Array, values: jax.Array) -> ReferenceKV:
-    return ReferenceKV(kv.pages.at[pages].set(values.astype(kv.pages.dtype)))
+def write_pages(kv: ReferenceKV, pages: jax.Array, rows: PageRows) -> ReferenceKV:
+    return _map(lambda pool, new: pool.at[pages].set(new.astype(pool.dtype)), kv, rows.values, rows.scales)
 
 
 def copy_pages(kv: ReferenceKV, source: jax.Array, target: jax.Array) -> ReferenceKV:
-    return ReferenceKV(kv.pages.at[target].set(kv.pages[source]))
+    return _map(lambda pool: pool.at[target].set(pool[source]), kv)
 
 
 def move_rows(kv: ReferenceKV, source: Any, target: Any) -> ReferenceKV:
-    return ReferenceKV(kv.pages.at[target].set(kv.pages[source]))
+    return _map(lambda pool: pool.at[target].set(pool[source]), kv)
+
+
+def _map(change: Any, kv: ReferenceKV, values: Any = None, scales: Any = None) -> ReferenceKV:
+    """`change(pool)`, or `change(pool, new)`, applied to the values and to the scales where there are any."""
+    new = [[] if part is None else [part] for part in (values, scales)]
+    return replace(
+        kv,
+        values=change(kv.values, *new[0]),
+        scales=None if kv.scales is None else change(kv.scales, *new[1]),
+    )

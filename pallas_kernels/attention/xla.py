@@ -8,7 +8,7 @@ result has the same bits whether it is decoded or prefilled, in whatever batch, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import KVSpec, Ragged, token_rows
+from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, token_rows
+from pallas_kernels.devices import Device
 from pallas_kernels.reductions import row_sums
 
 BLOCK = 128  # K/V rows per online-softmax step
@@ -24,18 +25,26 @@ Q_BLOCK = 64  # query tokens per prefill tile
 MASKED = -1e30  # finite, so that a fully masked block changes nothing: exp(MASKED - MASKED) is 1, not NaN
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values"), meta_fields=())
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("keys", "values", "key_scales", "value_scales"),
+    meta_fields=(),
+)
 @dataclass(frozen=True)
 class XlaKV:
-    """K and V pages, each `[pages, kv_heads, page_size, head_dim]`."""
+    """K and V pages, each `[pages, kv_heads, page_size, head_dim]`; int4 is packed into uint8 of half that width."""
 
     keys: jax.Array
     values: jax.Array
+    key_scales: jax.Array | None = None  # f32[pages, kv_heads, page_size]
+    value_scales: jax.Array | None = None
 
     @property
     def spec(self) -> KVSpec:
-        _, kv_heads, page_size, head_dim = self.keys.shape
-        return KVSpec(kv_heads, head_dim, page_size, self.keys.dtype)
+        _, kv_heads, page_size, width = self.keys.shape
+        if self.keys.dtype == jnp.uint8:
+            return KVSpec(kv_heads, 2 * width, page_size, jnp.dtype("int4"))
+        return KVSpec(kv_heads, width, page_size, self.keys.dtype)
 
     @property
     def backend(self) -> str:
@@ -67,10 +76,12 @@ class Rules(NamedTuple):
     scale: float
 
 
-def refuse(*, spec: KVSpec) -> str | None:
+def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     """None, or why these pages cannot be served."""
-    if jnp.dtype(spec.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), jnp.dtype(jnp.float16)):
-        return f"K/V dtype {jnp.dtype(spec.dtype).name} is not one of bfloat16, float16, float32"
+    if jnp.dtype(spec.dtype).name not in storage.DTYPES:
+        return f"K/V dtype {jnp.dtype(spec.dtype).name} is not one of {', '.join(storage.DTYPES)}"
+    if jnp.dtype(spec.dtype).name == "int4" and spec.head_dim % 2:
+        return f"head_dim {spec.head_dim} must be even for int4"
     if BLOCK % spec.page_size and spec.page_size % BLOCK:
         return f"page_size {spec.page_size} must divide {BLOCK} or be a multiple of it"
     return None
@@ -78,21 +89,27 @@ def refuse(*, spec: KVSpec) -> str | None:
 
 def allocate(spec: KVSpec, num_pages: int) -> XlaKV:
     shape = (num_pages, spec.kv_heads, spec.page_size, spec.head_dim)
-    return XlaKV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    if not spec.quantized:
+        return XlaKV(*(jnp.zeros(shape, spec.dtype) for _ in range(2)))
+    if jnp.dtype(spec.dtype).name == "int4":
+        pools = [jnp.zeros((*shape[:-1], spec.head_dim // 2), jnp.uint8) for _ in range(2)]
+    else:
+        pools = [jnp.zeros(shape, spec.dtype) for _ in range(2)]
+    return XlaKV(*pools, *(jnp.zeros(shape[:-1], jnp.float32) for _ in range(2)))
 
 
-def attend(
+def attend[KV: XlaKV](
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    kv: XlaKV,
+    kv: KV,
     ragged: Ragged,
     *,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, jax.Array, XlaKV]:
+) -> tuple[jax.Array, jax.Array, KV]:
     num_tokens = q.shape[0]
     kv = write(kv, k, v, ragged, num_tokens)
     rules = Rules(window, softcap, scale)
@@ -114,16 +131,37 @@ def attend(
     return out.astype(q.dtype), lse, kv
 
 
-def write(kv: XlaKV, k: jax.Array | None, v: jax.Array | None, ragged: Ragged, num_tokens: int) -> XlaKV:
-    """The pages with the new rows in them; unchanged where another layer wrote them."""
+def write[KV: XlaKV](kv: KV, k: jax.Array | None, v: jax.Array | None, ragged: Ragged, num_tokens: int) -> KV:
+    """The pages with the new rows in them, of the same type; unchanged where another layer wrote them."""
     if k is None or v is None:
         return kv
     page, offset, _ = token_rows(ragged, num_tokens, kv.spec.page_size)
-    return XlaKV(_write(kv.keys, k, page, offset), _write(kv.values, v, page, offset))
+    values, scales = zip(*(_stored(kv.spec, rows) for rows in (k, v)), strict=True)
+    return _each(kv, lambda pool, new: pool.at[page, :, offset].set(new, mode="promise_in_bounds"), values, scales)
 
 
-def _write(pool: jax.Array, rows: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
-    return pool.at[page, :, offset, :].set(rows.astype(pool.dtype), mode="promise_in_bounds")
+def _stored(spec: KVSpec, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """`rows [..., head_dim]` as the pools hold them, and their scales `[...]`."""
+    if not spec.quantized:
+        return rows.astype(spec.dtype), None
+    values, scales = storage.quantize(rows, spec.dtype)
+    return _packed(spec, values), scales
+
+
+def _packed(spec: KVSpec, values: jax.Array) -> jax.Array:
+    return storage.pack_int4(values) if jnp.dtype(spec.dtype).name == "int4" else values.astype(spec.dtype)
+
+
+def _each[KV: XlaKV](kv: KV, change: Any, *new: Any) -> KV:
+    """`change(pool)` for all pools; or with `new` = (of K and V, of their scales): `change(pool, new)`."""
+    pools = ("keys", "values", "key_scales", "value_scales")
+    rows = [(x,) for pair in new for x in pair] if new else [()] * 4
+    changed = {
+        name: change(getattr(kv, name), *extra)
+        for name, extra in zip(pools, rows, strict=True)
+        if getattr(kv, name) is not None
+    }
+    return replace(kv, **changed)
 
 
 def _decode(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules) -> Softmax:
@@ -226,17 +264,19 @@ def _attend_tile(
         pages = jnp.take_along_axis(table, columns, axis=1)
         row = start[:, None] + jnp.arange(block)[None, :]
         seen = _visible(tile, row, row < kv_len[:, None], kv_position, rules.window)
-        keys = _gather(kv.keys, pages)
+        keys, key_scales = _rows(kv.keys, kv.key_scales, pages, tile.q.dtype)
+        values, value_scales = _rows(kv.values, kv.value_scales, pages, tile.q.dtype)
         # what nobody sees, unwritten or slid out of the window, may be NaN, and 0 * NaN is NaN
-        values = jnp.where(jnp.any(seen, axis=1)[:, None, :, None], _gather(kv.values, pages), 0)
-        scores = jnp.einsum("skqh,skrh->skqr", tile.q, keys, preferred_element_type=jnp.float32) * rules.scale
+        values = jnp.where(jnp.any(seen, axis=1)[:, None, :, None], values, 0)
+        scores = _dot("skqh,skrh->skqr", tile.q, keys) * (rules.scale * key_scales)
         if rules.softcap is not None:
             scores = rules.softcap * jnp.tanh(scores / rules.softcap)
         seen = jnp.repeat(seen, scores.shape[2] // seen.shape[1], axis=1)[:, None]
         highest = jnp.maximum(state.highest, jnp.max(jnp.where(seen, scores, MASKED), axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
         shrink = jnp.exp(state.highest - highest)
-        gained = jnp.einsum("skqr,skrh->skqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        scaled = weights if kv.value_scales is None else jnp.where(seen, weights * value_scales, 0.0)
+        gained = _dot("skqr,skrh->skqh", scaled.astype(values.dtype), values)
         return Softmax(
             highest,
             state.total * shrink + row_sums(weights),
@@ -246,13 +286,31 @@ def _attend_tile(
     return lax.fori_loop(0, count, step, _empty(tile.q.shape[:3], head_dim))
 
 
+def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """In float32; without HIGHEST, TPUs and GPUs would round float32 operands."""
+    precision = lax.Precision.HIGHEST if jnp.float32 in (x.dtype, y.dtype) else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _rows(
+    pool: jax.Array, scales: jax.Array | None, pages: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array | float]:
+    """`pages: i32[seqs, n]` -> rows `[seqs, kv_heads, n * page_size, head_dim]`, scales `[seqs, kv_heads, 1, rows]`."""
+    rows = _gather(pool, pages)
+    if scales is None:
+        return rows, 1.0
+    if pool.dtype == jnp.uint8:
+        rows = storage.unpack_int4(rows)
+    return rows.astype(dtype), _gather(scales, pages)[:, :, None, :]
+
+
 def _gather(pool: jax.Array, pages: jax.Array) -> jax.Array:
-    """`pages: i32[seqs, n]` -> `[seqs, kv_heads, n * page_size, head_dim]`, copied page by page and head by head."""
-    num_pages, kv_heads, page_size, head_dim = pool.shape
+    """`[pages, kv_heads, page_size, ...]` -> `[seqs, kv_heads, n * page_size, ...]`, copied by page and head."""
+    num_pages, kv_heads, page_size, *rest = pool.shape
     index = pages[:, None, :] * kv_heads + jnp.arange(kv_heads, dtype=pages.dtype)[None, :, None]
-    flat = pool.reshape(num_pages * kv_heads, page_size * head_dim)
+    flat = pool.reshape(num_pages * kv_heads, -1)
     rows = flat.at[index.reshape(-1)].get(mode="clip")
-    return rows.reshape(pages.shape[0], kv_heads, pages.shape[1] * page_size, head_dim)
+    return rows.reshape(pages.shape[0], kv_heads, pages.shape[1] * page_size, *rest)
 
 
 def _visible(
@@ -274,21 +332,23 @@ def _visible(
     return seen
 
 
-def read_pages(kv: XlaKV, pages: jax.Array) -> jax.Array:
-    return jnp.stack([kv.keys[pages], kv.values[pages]], axis=1).transpose(0, 3, 1, 2, 4)
+def read_pages(kv: XlaKV, pages: jax.Array) -> PageRows:
+    values = jnp.stack([kv.keys[pages], kv.values[pages]], axis=1).transpose(0, 3, 1, 2, 4)
+    if kv.key_scales is None or kv.value_scales is None:
+        return PageRows(values)
+    values = storage.unpack_int4(values) if kv.keys.dtype == jnp.uint8 else values
+    return PageRows(values, jnp.stack([kv.key_scales[pages], kv.value_scales[pages]], axis=1).transpose(0, 3, 1, 2))
 
 
-def write_pages(kv: XlaKV, pages: jax.Array, values: jax.Array) -> XlaKV:
-    keys, rest = (values[:, :, i].transpose(0, 2, 1, 3).astype(kv.keys.dtype) for i in (0, 1))
-    return XlaKV(kv.keys.at[pages].set(keys), kv.values.at[pages].set(rest))
+def write_pages[KV: XlaKV](kv: KV, pages: jax.Array, rows: PageRows) -> KV:
+    values = [_packed(kv.spec, rows.values[:, :, i].swapaxes(1, 2)) for i in (0, 1)]
+    scales = [None if rows.scales is None else rows.scales[:, :, i].swapaxes(1, 2) for i in (0, 1)]
+    return _each(kv, lambda pool, new: pool.at[pages].set(new), values, scales)
 
 
-def copy_pages(kv: XlaKV, source: jax.Array, target: jax.Array) -> XlaKV:
-    return XlaKV(kv.keys.at[target].set(kv.keys[source]), kv.values.at[target].set(kv.values[source]))
+def copy_pages[KV: XlaKV](kv: KV, source: jax.Array, target: jax.Array) -> KV:
+    return _each(kv, lambda pool: pool.at[target].set(pool[source]))
 
 
-def move_rows(kv: XlaKV, source: Any, target: Any) -> XlaKV:
-    def move(pool: jax.Array) -> jax.Array:
-        return pool.at[target[0], :, target[1]].set(pool[source[0], :, source[1]])
-
-    return XlaKV(move(kv.keys), move(kv.values))
+def move_rows[KV: XlaKV](kv: KV, source: Any, target: Any) -> KV:
+    return _each(kv, lambda pool: pool.at[target[0], :, target[1]].set(pool[source[0], :, source[1]]))

@@ -1,8 +1,10 @@
 # Every target makes .venv first (scripts/setup.sh); an up-to-date one costs a few milliseconds.
 PYTEST := .venv/bin/python -m pytest
 CPU := JAX_PLATFORMS=cpu
+# compilers of accelerators that are not here; TPU_SKIP_MDS_QUERY: do not ask the network which TPU this is
+ACCELERATORS := PYTHONPATH=$(CURDIR)/.venv/accelerators TPU_SKIP_MDS_QUERY=1 $(CPU)
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup accelerators demo test test-kernels test-slow lint format bench kernels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
@@ -10,14 +12,20 @@ help:  ## list the targets
 setup:  ## make .venv, or bring it up to date
 	@sh scripts/setup.sh </dev/null
 
+accelerators: setup
+	@sh scripts/setup_accelerators.sh </dev/null
+
 demo: setup  ## serve the shipped model over gRPC and stream to eight clients at once
 	@.venv/bin/jaxinfer demo
 
 test: setup  ## the default test suite
 	@$(CPU) $(PYTEST) $(PYTEST_ARGS)
 
-test-slow: setup  ## the longer cases
-	@$(CPU) $(PYTEST) -m slow $(PYTEST_ARGS)
+test-kernels: accelerators  ## kernels compiled for TPUs and GPUs that are not here, Triton's through its interpreter
+	@$(ACCELERATORS) $(PYTEST) -m "accelerators and not slow" $(PYTEST_ARGS)
+
+test-slow: accelerators  ## the longer cases
+	@$(ACCELERATORS) $(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	@.venv/bin/ruff check .
@@ -32,6 +40,9 @@ bench: setup  ## latency, throughput and start-up of the shipped model
 	@.venv/bin/jaxinfer bench latency
 	@.venv/bin/jaxinfer bench throughput
 	@.venv/bin/jaxinfer bench startup
+
+kernels: accelerators  ## compile every kernel for every accelerator and write the table of docs/kernels.md
+	@$(ACCELERATORS) .venv/bin/python scripts/kernel_table.py
 
 clean:  ## remove what was made here: .venv, caches, build output
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

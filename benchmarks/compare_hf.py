@@ -72,8 +72,7 @@ class HuggingFace:
 
 
 def open_engine(args: argparse.Namespace, *, num_seqs: int, longest: int) -> Engine:
-    limit = -(-longest // args.page_size) * args.page_size
-    engine = Engine(args.model, config_from(args, EngineConfig, max_num_seqs=num_seqs, max_model_len=limit))
+    engine = Engine(args.model, config_from(args, EngineConfig, max_num_seqs=num_seqs, max_model_len=longest))
     say(f"compiling {args.model.name}")
     engine.warm_up()
     return engine

@@ -23,7 +23,7 @@ from jaxinfer.plan import Admission, Plan
 from jaxinfer.request import MAX_STOP_TOKEN_IDS
 from jaxinfer.sampling import TokenCounts
 from jaxinfer.slots import max_cells_per_plan
-from pallas_kernels import attention
+from pallas_kernels import attention, devices
 from pallas_kernels.attention import KVSpec, LayerKV
 
 NO_TOKEN = -1  # in a result: the slot produced nothing in that step
@@ -89,23 +89,25 @@ class Limits:
 
 def limits_of(model: ModelConfig, config: EngineConfig, max_len: int, num_pages: tuple[int, ...]) -> Limits:
     """The sizes an engine with this model, options and page pools runs at."""
-    groups = page_groups(model)
+    groups, page_size = page_groups(model), kv_spec(model, config).page_size
     return Limits(
         slots=max(2, config.max_num_seqs),
         max_len=max_len,
-        page_size=config.page_size,
-        pages_per_seq=math.ceil(max_len / config.page_size),
+        page_size=page_size,
+        pages_per_seq=math.ceil(max_len / page_size),
         num_pages=num_pages,
         vocab_size=model.vocab_size,
         max_rows=config.max_prefill_seqs,
-        max_cells=max_cells_per_plan(config, groups, config.page_size),
+        max_cells=max_cells_per_plan(config, groups, page_size),
         loop_steps=config.loop_steps,
     )
 
 
 def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
     """The pages of every K/V-owning layer of this model."""
-    return KVSpec(model.kv_heads, model.head_dim, config.page_size, jnp.dtype(config.dtype))
+    dtype = config.dtype if config.kv_dtype == "auto" else config.kv_dtype
+    page_size = config.page_size or attention.default_page_size(devices.current())
+    return KVSpec(model.kv_heads, model.head_dim, page_size, jnp.dtype(dtype))
 
 
 def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> DeviceState:

@@ -108,8 +108,9 @@ def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
 
 BATCHING = ("continuous", "dynamic", "static")
 DTYPES = ("bfloat16", "float32")
-ATTENTION_BACKENDS = ("auto", "llvm_cpu", "xla", "reference")
-MATMUL_BACKENDS = ("auto", "xla", "llvm_cpu")
+KV_DTYPES = ("auto", "bfloat16", "float32", "int8", "float8_e4m3fn", "int4")
+ATTENTION_BACKENDS = ("auto", "mosaic_tpu", "mosaic_gpu", "triton", "llvm_cpu", "xla", "reference")
+MATMUL_BACKENDS = ("auto", "mosaic_tpu", "triton", "llvm_cpu", "xla", "reference")
 
 
 def _flag(
@@ -150,7 +151,12 @@ class EngineConfig:
     )
     max_prefill_seqs: int = _flag(4, "sequences that may prefill in one mixed step", limits=(1, 1024))
     min_prefill_bucket: int = _flag(32, "smallest compiled prefill size; buckets double from here", limits=(1, 2**20))
-    page_size: int = _flag(32, "tokens per K/V page", limits=(1, 2**16))
+    page_size: int | None = _flag(
+        None, "tokens per K/V page (default: 32 on CPUs, 64 on GPUs, 128 on TPUs)", limits=(1, 2**16)
+    )
+    kv_dtype: str = _flag(
+        "auto", "dtype of K/V pages (auto: --dtype); integers and fp8 have a scale per head", KV_DTYPES
+    )
     kv_memory_bytes: int | None = _flag(
         None,
         "bytes for K/V pages (default: every slot can reach max_model_len, up to a quarter of memory)",

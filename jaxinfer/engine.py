@@ -105,7 +105,9 @@ class Engine:
         self._state: DeviceState = empty_state(self.model, config, self._limits)
         drivers = Drivers(self.model, self._limits, merger(self.model, dtype, config.matmul_backend))
         self._programs = Programs(drivers, self._packer, config, self._parameters, self._state)
-        self._cache = CacheManager(self._groups, self.num_pages, config.page_size, prefix_caching=config.prefix_caching)
+        self._cache = CacheManager(
+            self._groups, self.num_pages, self._limits.page_size, prefix_caching=config.prefix_caching
+        )
         self._scheduler = Scheduler(config, self._cache, max_model_len=self.max_model_len)
         self._watchdog = Watchdog(config.watchdog_s)
         self._streams: dict[int, CompletionStream] = {}  # by sequence id
@@ -341,13 +343,14 @@ class Engine:
             "has_tokenizer": self.tokenizer is not None,
             "dtype": self.config.dtype,
             "kv_bytes_per_token": owners * spec.token_bytes,
-            "page_size": self.config.page_size,
+            "kv_dtype": jnp.dtype(spec.dtype).name,
+            "page_size": spec.page_size,
             "page_groups": [
                 {
                     "window": group.window,
                     "layers": list(group.layers),
                     "num_pages": pages - 1,
-                    "page_bytes": spec.token_bytes * self.config.page_size * len(group.layers),
+                    "page_bytes": spec.token_bytes * spec.page_size * len(group.layers),
                 }
                 for group, pages in zip(self._groups, self.num_pages, strict=True)
             ],

@@ -30,9 +30,9 @@ def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tu
     Raises ConfigError where not even one sequence of `length` tokens fits; the message says how many bytes would do.
     """
     groups = page_groups(model)
-    token_bytes = kv_spec(model, config).token_bytes
-    page_bytes = [token_bytes * config.page_size * len(group.layers) for group in groups]
-    per_sequence = [_pages_per_sequence(group, config, length) for group in groups]
+    spec = kv_spec(model, config)
+    page_bytes = [spec.token_bytes * spec.page_size * len(group.layers) for group in groups]
+    per_sequence = [_pages_per_sequence(group, config, length, spec.page_size) for group in groups]
     least = [pages + 2 for pages in per_sequence]  # with the trash page and one to copy from
     more = [(config.max_num_seqs - 1) * pages for pages in per_sequence]
     least_bytes, more_bytes = (
@@ -48,12 +48,12 @@ def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tu
     return tuple(few + many * spare // max(1, more_bytes) for few, many in zip(least, more, strict=True))
 
 
-def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int) -> int:
+def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int, page_size: int) -> int:
     """Most pages one sequence holds: all its rows, or the window and what two calls in flight may add."""
     rows = length
     if group.window is not None:
         rows = min(length, group.window + 2 * max(config.max_num_batched_tokens, config.loop_steps))
-    return math.ceil(rows / config.page_size) + (0 if group.window is None else 2)  # pages slide out late
+    return math.ceil(rows / page_size) + (0 if group.window is None else 2)  # pages slide out late
 
 
 def _device_memory_bytes() -> int:

@@ -1,15 +1,19 @@
 """The devices kernels are made for: what a kernel's author must know of each, and which one is being compiled for.
 
-Published figures, for roofline tables and default block sizes; `jaxinfer.perf.hardware` measures the real ones.
+Published figures, for roofline tables and default block sizes (CPUs differ too much: 0); `jaxinfer.perf.hardware`
+measures the real ones.
 Sources: Google Cloud's TPU pages, NVIDIA's and AMD's data sheets (dense rates).
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -52,7 +56,7 @@ DEVICES = _table(
     Device("h200", "cuda", "NVIDIA H200", "sm_90a", 227 * 1024, 132, 141 * GIB, 4800, 989, 1979),
     Device("b200", "cuda", "NVIDIA B200", "sm_100a", 227 * 1024, 148, 180 * GIB, 8000, 2250, 4500),
     Device("mi300x", "rocm", "AMD Instinct MI300X", "gfx942", 64 * 1024, 304, 192 * GIB, 5300, 1307, 2614),
-    Device("cpu", "cpu", "cpu", platform.machine(), 1 * MIB, 1, 16 * GIB, 40, 1, 2),
+    Device("cpu", "cpu", "cpu", platform.machine(), 1 * MIB, 1, 0, 0, 0, 0),
 )
 
 
@@ -70,6 +74,18 @@ def current() -> Device:
         return of_kind(abstract.device_kind, abstract.platform or "")
     device = jax.devices()[0]
     return of_kind(device.device_kind, device.platform)
+
+
+@contextmanager
+def targeting(device: Device) -> Iterator[None]:
+    """Whatever is traced inside is for `device`, which need not be here: `current()` gives it, and kernels see it."""
+    if device.platform == "cpu":
+        yield
+        return
+    abstract = AbstractDevice(device.kind, device.num_cores, "gpu" if device.is_gpu else device.platform)
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def of_kind(kind: str, platform: str) -> Device:

@@ -1,7 +1,7 @@
 """Block sizes: measured ones from `tuning/<device>.json`, else the kernel's own default; a log line says which.
 
-`scripts/tune_kernels.py` writes the tables. A kernel lists in KEYS what its block sizes depend on, and in BLOCKS what
-they are, so that an entry that could never match is found by a test and not by a slow server.
+`scripts/tune_kernels.py` writes the tables. A kernel lists in KEYS what its block sizes depend on, so that an entry
+that could never match is found by a test and not by a slow server.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 from pallas_kernels.devices import Device
@@ -30,6 +34,8 @@ KEYS: dict[str, tuple[str, ...]] = {
 PHASES = ("decode", "prefill")
 
 _logged: set[tuple[str, str, str]] = set()
+_asked: ContextVar[list[Question] | None] = ContextVar("asked", default=None)
+_forced: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced", default=MappingProxyType({}))
 
 
 def block_sizes(kernel: str, device: Device, default: Mapping[str, int], **key: Any) -> dict[str, int]:
@@ -39,12 +45,47 @@ def block_sizes(kernel: str, device: Device, default: Mapping[str, int], **key: 
     """
     if set(key) != set(KEYS[kernel]):
         raise ValueError(f"{kernel} is tuned by {', '.join(KEYS[kernel])}; got {', '.join(key)}")
+    questions, overrides = _asked.get(), _forced.get()
+    if questions is not None:
+        questions.append(Question(kernel, key, dict(default)))
+    if kernel in overrides:
+        return {**default, **overrides[kernel]}
     for entry in _table(device.name).get(kernel, []):
         if entry["key"] == key:
             _log_once(kernel, device, key, "measured", entry["blocks"])
             return {**default, **entry["blocks"]}
     _log_once(kernel, device, key, "default", default)
     return dict(default)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a kernel asked for while it was traced."""
+
+    kernel: str
+    key: dict[str, Any]
+    default: dict[str, int]
+
+
+@contextmanager
+def asked() -> Iterator[list[Question]]:
+    """Collects the questions of whatever is traced inside."""
+    questions: list[Question] = []
+    token = _asked.set(questions)
+    try:
+        yield questions
+    finally:
+        _asked.reset(token)
+
+
+@contextmanager
+def forced(kernel: str, blocks: Mapping[str, int]) -> Iterator[None]:
+    """Whatever is traced inside gets these block sizes for `kernel`, tables aside."""
+    token = _forced.set({**_forced.get(), kernel: dict(blocks)})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def row_bucket(rows: int) -> int:

@@ -86,12 +86,12 @@ def model_of(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
 def open_engine(args: argparse.Namespace, reporter: Reporter, *, num_seqs: int, longest: int | None) -> Engine:
     """Load and compile an engine with `num_seqs` slots and room for `longest` tokens, unless flags say otherwise.
 
-    `longest=None` gives the model's own limit. Lengths are rounded up to whole pages.
+    `longest=None` gives the model's own limit.
     """
     directory, model = model_of(args)
     wanted = args.max_model_len
     if wanted is None and longest is not None:
-        wanted = min(model.max_position, -(-longest // args.page_size) * args.page_size)
+        wanted = min(model.max_position, longest)
     config = config_from(args, EngineConfig, max_num_seqs=args.max_num_seqs or num_seqs, max_model_len=wanted)
     engine = Engine(directory, config, progress=lambda name: reporter.note(f"loading {name}"))
     engine.warm_up(lambda name: reporter.note(f"compiling {name}"))

@@ -123,6 +123,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.kernels:
+        from serving.kernel_info import run
+
+        return run(args)
+    if args.device:
+        raise ConfigError(f"--device {args.device} needs --kernels: a model is loaded on this machine's device only")
     from jaxinfer.engine import Engine
 
     engine = Engine(args.model, config_from(args, EngineConfig), progress=args.progress.update)
@@ -176,6 +182,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info = subparsers.add_parser(
         "info", parents=[model, common], allow_abbrev=False, help="print what a model is and how it would run"
     )
+    info.add_argument("--kernels", action="store_true", help="print which kernel serves which case, and why not others")
+    info.add_argument("--device", metavar="NAME", help="with --kernels: another device, such as v6e or h100")
     add_config_flags(info, EngineConfig)
     info.set_defaults(func=_info)
 

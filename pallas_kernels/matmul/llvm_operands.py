@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pallas_kernels.native.handler import F32
+from pallas_kernels.native.handler import F32, S32
 
 CHUNK_BYTES = 1 << 18  # most weights per piece: large beside the tile that is fetched past a piece's end
 LEAST_CHUNKS = 8  # of a matmul that is shared at all: enough to balance
 ALONE_BYTES = 1 << 18  # weights that one thread reads before another has woken up...
 ALONE_ROWS = 4  # ...with up to so many rows; with more, it takes time in proportion
 
-_COMPUTE = """
-%Work = type { ptr, ptr, ptr, i64, i64, i64, i64, i1 } ; x, w, out, rows, in, outs, outs per piece, wide
 
-define internal void @compute(ptr %work_pointer, i64 %index) nounwind {
+def _compute(value_bytes: int) -> str:
+    return f"""
+%Work = type {{ ptr, ptr, ptr, i64, i64, i64, i64, i1 }} ; x, w, out, rows, in, outs, outs per piece, wide
+
+define internal void @compute(ptr %work_pointer, i64 %index) nounwind {{
 entry:
   %work = load %Work, ptr %work_pointer
   %x = extractvalue %Work %work, 0
@@ -24,7 +26,7 @@ entry:
   %chunk = extractvalue %Work %work, 6
   %wide = extractvalue %Work %work, 7
   %value_bytes = select i1 %wide, i64 4, i64 2
-  %row_bytes = shl i64 %in, 1
+  %row_bytes = mul i64 %in, {value_bytes}
   %begin = mul i64 %index, %chunk
   %left = sub i64 %outs, %begin
   %size = call i64 @llvm.umin.i64(i64 %left, i64 %chunk)
@@ -34,13 +36,16 @@ entry:
   %out_begin = getelementptr i8, ptr %out, i64 %out_offset
   call void @panel(ptr %x, ptr %w_begin, ptr %out_begin, i64 %rows, i64 %in, i64 %size, i64 %outs, i1 %wide)
   ret void
-}
+}}
 """
 
 
-def module(chunk_multiple: int) -> str:
-    """IR of `@execute` and `@compute` around `@panel`. A piece is a multiple of `chunk_multiple` outputs."""
-    return f"""{_COMPUTE}
+def module(chunk_multiple: int, value_bytes: int) -> str:
+    """IR of `@execute` and `@compute` around `@panel`, for operands of `value_bytes` a value.
+
+    A piece is a multiple of `chunk_multiple` outputs.
+    """
+    return f"""{_compute(value_bytes)}
 define internal void @execute(ptr %api, ptr %context, ptr %args, ptr %results) nounwind {{
 entry:
   %p_x = load ptr, ptr %args
@@ -54,14 +59,16 @@ entry:
   %w = extractvalue %Buffer %w_buffer, 3
   %out = extractvalue %Buffer %out_buffer, 3
   %dtype = extractvalue %Buffer %out_buffer, 2
-  %wide = icmp eq i32 %dtype, {F32}
+  %is_f32 = icmp eq i32 %dtype, {F32}
+  %is_s32 = icmp eq i32 %dtype, {S32}
+  %wide = or i1 %is_f32, %is_s32
   %x_dims = extractvalue %Buffer %x_buffer, 5
   %rows = load i64, ptr %x_dims
   %w_dims = extractvalue %Buffer %w_buffer, 5
   %outs = load i64, ptr %w_dims
   %p_in = getelementptr i64, ptr %w_dims, i64 1
   %in = load i64, ptr %p_in
-  %row_bytes = shl i64 %in, 1
+  %row_bytes = mul i64 %in, {value_bytes}
   %rows_counted = call i64 @llvm.umax.i64(i64 %rows, i64 {ALONE_ROWS})
   %weight_bytes = mul i64 %row_bytes, %outs
   %cost = mul i64 %weight_bytes, %rows_counted

@@ -1,4 +1,4 @@
-"""LLVM IR that multiplies bfloat16 rows by bfloat16 weights `[out, in]` on one core.
+"""LLVM IR that multiplies bfloat16 rows by bfloat16 weights `[out, in]`, or uint8 by int8, on one core.
 
 Hides the instruction set, register blocking, prefetching and the order of additions. Every output is one accumulator
 vector that walks along `in`, then a fixed tree over its lanes. So the bits of a row do not depend on which tile it
@@ -24,26 +24,40 @@ class Isa:
     """An instruction set seen from here."""
 
     bf16_dot: bool  # AVX512-BF16's vdpbf16ps; else bfloat16 is widened and multiplied in float32
-    lanes: int  # float32 values per vector
+    lanes: int  # 32-bit values per vector
     tile_rows: int  # rows of x per tile: tile_rows * OUTS accumulators fit the registers
     most_rows: int | None  # where XLA's dot gets faster; None: nowhere
+    integers: bool = False  # uint8 times int8 by AVX512-VNNI's vpdpbusd, else bfloat16
+
+    @property
+    def value_bytes(self) -> int:
+        """Of an operand."""
+        return 1 if self.integers else 2
 
     @property
     def step(self) -> int:
-        """bfloat16 values per vector."""
-        return 2 * self.lanes
+        """Operand values per vector."""
+        return 4 * self.lanes // self.value_bytes
+
+    @property
+    def value(self) -> str:
+        return f"i{8 * self.value_bytes}"
+
+    @property
+    def vector(self) -> str:
+        return f"<{self.step} x {self.value}>"
 
     @property
     def acc(self) -> str:
-        return f"<{self.lanes} x float>"
+        return f"<{self.lanes} x {self.out}>"
+
+    @property
+    def out(self) -> str:
+        return "i32" if self.integers else "float"
 
     @property
     def words(self) -> str:
         return f"<{self.lanes} x i32>"
-
-    @property
-    def halves(self) -> str:
-        return f"<{self.step} x i16>"
 
 
 AVX512_BF16 = Isa(bf16_dot=True, lanes=16, tile_rows=4, most_rows=None)
@@ -53,16 +67,18 @@ AMX_HOST = Isa(
 AVX512 = Isa(bf16_dot=False, lanes=16, tile_rows=4, most_rows=32)
 AVX2 = Isa(bf16_dot=False, lanes=8, tile_rows=2, most_rows=32)
 NEON = Isa(bf16_dot=False, lanes=4, tile_rows=4, most_rows=32)
+AVX512_VNNI = Isa(bf16_dot=False, lanes=16, tile_rows=4, most_rows=None, integers=True)
 
 
 def module(isa: Isa) -> str:
     """IR of `@panel(x, w, out, rows, in, outs, out_stride, wide)`: `outs` outputs of `rows` rows.
 
     `x` and `w` are bfloat16 rows of `in` values; `out` is float32 if `wide`, else bfloat16, `out_stride` values a row.
+    With integers `x` is uint8 that stands for values 128 less, `w` is int8, and `out` is int32.
     """
     variants = [(rows, outs, ahead) for rows in range(1, isa.tile_rows + 1) for outs, ahead in _shapes()]
     tiles = (_tile(isa, *variant) for variant in variants)
-    return "\n".join([_declarations(isa), *tiles, _row_group(isa), _PANEL])
+    return "\n".join([_declarations(isa), *tiles, _row_group(isa), _panel(isa)])
 
 
 def _shapes() -> list[tuple[int, int]]:
@@ -77,8 +93,10 @@ def _shapes() -> list[tuple[int, int]]:
 def _declarations(isa: Isa) -> str:
     lines = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"]
     mask = f"<{isa.step} x i1>"
-    lines.append(f"declare {isa.halves} @llvm.masked.load.v{isa.step}i16.p0(ptr, i32, {mask}, {isa.halves})")
-    if isa.bf16_dot:
+    lines.append(f"declare {isa.vector} {_masked_load(isa)}(ptr, i32, {mask}, {isa.vector})")
+    if isa.integers:
+        lines.append(f"declare {isa.acc} @llvm.x86.avx512.vpdpbusd.512({isa.acc}, {isa.acc}, {isa.acc})")
+    elif isa.bf16_dot:
         vector = f"<{isa.step} x bfloat>"
         lines.append(f"declare {isa.acc} @llvm.x86.avx512bf16.dpbf16ps.512({isa.acc}, {vector}, {vector})")
     else:
@@ -86,11 +104,15 @@ def _declarations(isa: Isa) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _masked_load(isa: Isa) -> str:
+    return f"@llvm.masked.load.v{isa.step}{isa.value}.p0"
+
+
 def _tile(isa: Isa, rows: int, outs: int, ahead: int) -> str:
     """`rows` rows of x times `outs` rows of weight: one accumulator each, along all of `in`."""
     code = Code()
-    count = rows * outs
-    code.do("%row_bytes = shl i64 %in, 1", f"%full = and i64 %in, -{isa.step}")
+    count = rows * outs + (outs if isa.integers else 0)  # integers: the weights' sums too
+    code.do(f"%row_bytes = mul i64 %in, {isa.value_bytes}", f"%full = and i64 %in, -{isa.step}")
     xs, ws = _row_pointers(code, "%x", rows), _row_pointers(code, "%w", outs)
     nexts = _row_pointers(code, "%next", ahead)
     code.do("%any = icmp ne i64 %full, 0", "br i1 %any, label %loop, label %rest")
@@ -98,11 +120,11 @@ def _tile(isa: Isa, rows: int, outs: int, ahead: int) -> str:
     code.do("%k = phi i64 [0, %entry], [%k_next, %loop]")
     code.do(*(f"%a{i} = phi {isa.acc} [zeroinitializer, %entry], [%b{i}, %loop]" for i in range(count)))
     for target in nexts:
-        _prefetch(code, code.at(target, "i16", "%k"))
+        _prefetch(code, code.at(target, isa.value, "%k"))
     if ahead > 1:
         for w in ws:
-            _prefetch(code, code.at(code.at(w, "i16", "%k"), "i8", NEAR_BYTES))
-    load = lambda base: code.let(f"load {isa.halves}, ptr {code.at(base, 'i16', '%k')}, align 2")
+            _prefetch(code, code.at(code.at(w, isa.value, "%k"), "i8", NEAR_BYTES))
+    load = lambda base: code.let(f"load {isa.vector}, ptr {code.at(base, isa.value, '%k')}, align {isa.value_bytes}")
     _accumulate(code, isa, [load(w) for w in ws], [load(x) for x in xs], "a", "b")
     code.do(f"%k_next = add i64 %k, {isa.step}", "%more = icmp ult i64 %k_next, %full")
     code.do("br i1 %more, label %loop, label %rest")
@@ -114,8 +136,12 @@ def _tile(isa: Isa, rows: int, outs: int, ahead: int) -> str:
     _tail(code, isa, ws, xs)
     code.label("reduce")
     code.do(*(f"%e{i} = phi {isa.acc} [%c{i}, %rest], [%d{i}, %tail]" for i in range(count)))
-    sums = [sum_lanes(code, [f"%e{r * outs + c}" for c in range(outs)], isa.lanes) for r in range(rows)]
-    _store(code, sums, outs)
+    blocks = [[f"%e{first + c}" for c in range(outs)] for first in range(0, count, outs)]
+    sums = [sum_lanes(code, accumulators, isa.lanes, isa.out) for accumulators in blocks]
+    if isa.integers:
+        _store_integers(code, sums[:-1], sums[-1], outs)
+    else:
+        _store(code, sums, outs)
     signature = "ptr noalias %x, ptr noalias %w, ptr noalias %out, i64 %in, i64 %out_stride, i1 %wide, ptr %next"
     body = "\n".join(code.lines)
     return f"define internal void {_name(rows, outs, ahead)}({signature}) nounwind {{\nentry:\n{body}\n}}\n"
@@ -137,11 +163,18 @@ def _prefetch(code: Code, pointer: str) -> None:
 
 
 def _accumulate(code: Code, isa: Isa, ws: list[str], xs: list[str], old: str, new: str) -> None:
-    """`%new[r, c] = %old[r, c] + xs[r] * ws[c]`, lane by lane, two products per lane."""
+    """`%new[r, c] = %old[r, c] + xs[r] * ws[c]`, lane by lane, two products a lane; integers: four, and sums of ws."""
     outs = len(ws)
+    if isa.integers:
+        as_words = lambda value: code.let(f"bitcast {isa.vector} {value} to {isa.words}")
+        ws, xs = [as_words(w) for w in ws], [*(as_words(x) for x in xs), splat(0x01010101, isa.lanes)]
+        for i in range(len(xs) * outs):
+            operands = f"{isa.acc} %{old}{i}, {isa.words} {xs[i // outs]}, {isa.words} {ws[i % outs]}"
+            code.do(f"%{new}{i} = call {isa.acc} @llvm.x86.avx512.vpdpbusd.512({operands})")
+        return
     if isa.bf16_dot:
         vector = f"<{isa.step} x bfloat>"
-        as_bf16 = lambda value: code.let(f"bitcast {isa.halves} {value} to {vector}")
+        as_bf16 = lambda value: code.let(f"bitcast {isa.vector} {value} to {vector}")
         ws, xs = [as_bf16(w) for w in ws], [as_bf16(x) for x in xs]
         for i in range(len(xs) * outs):
             operands = f"{isa.acc} %{old}{i}, {vector} {ws[i % outs]}, {vector} {xs[i // outs]}"
@@ -160,7 +193,7 @@ def _accumulate(code: Code, isa: Isa, ws: list[str], xs: list[str], old: str, ne
 
 def _widen(code: Code, isa: Isa, value: str, odd: bool) -> str:
     """The even (or odd) bfloat16 values as float32: a bfloat16 is the upper half of its float32."""
-    words = code.let(f"bitcast {isa.halves} {value} to {isa.words}")
+    words = code.let(f"bitcast {isa.vector} {value} to {isa.words}")
     if odd:
         bits = code.let(f"and {isa.words} {words}, {splat(-65536, isa.lanes)}")
     else:
@@ -177,8 +210,9 @@ def _tail(code: Code, isa: Isa, ws: list[str], xs: list[str]) -> None:
     mask = code.let(f"icmp ult {vector} {constants(list(range(isa.step)))}, {limit}")
 
     def load(base: str) -> str:
-        operands = f"ptr {code.at(base, 'i16', '%full')}, i32 2, <{isa.step} x i1> {mask}, {isa.halves} zeroinitializer"
-        return code.let(f"call {isa.halves} @llvm.masked.load.v{isa.step}i16.p0({operands})")
+        pointer, align = code.at(base, isa.value, "%full"), isa.value_bytes
+        operands = f"ptr {pointer}, i32 {align}, <{isa.step} x i1> {mask}, {isa.vector} zeroinitializer"
+        return code.let(f"call {isa.vector} {_masked_load(isa)}({operands})")
 
     _accumulate(code, isa, [load(w) for w in ws], [load(x) for x in xs], "c", "d")
     code.do("br label %reduce")
@@ -199,14 +233,27 @@ def _store(code: Code, sums: list[str], outs: int) -> None:
     code.do("ret void")
 
 
+def _store_integers(code: Code, sums: list[str], weight_sums: str, outs: int) -> None:
+    """One vector of `outs` results per row: what the 128 that x is above its values adds is taken away."""
+    excess = code.let(f"shl <{outs} x i32> {weight_sums}, {splat(7, outs)}")
+    for r, value in enumerate(sums):
+        result = code.let(f"sub <{outs} x i32> {value}, {excess}")
+        offset = code.let(f"mul i64 %out_stride, {r}")
+        code.do(f"store <{outs} x i32> {result}, ptr {code.at('%out', 'i32', offset)}, align 4")
+    code.do("ret void")
+
+
 _SIGNATURE = "ptr %x, ptr %w, ptr %out, i64 %rows, i64 %in, i64 %outs, i64 %out_stride, i1 %wide"
 
-_PANEL = f"""
-define internal void @panel({_SIGNATURE}) nounwind {{ ; groups of rows that fit a core's L2, about equal
+
+def _panel(isa: Isa) -> str:
+    """Groups of rows that fit a core's L2, about equal."""
+    return f"""
+define internal void @panel({_SIGNATURE}) nounwind {{
 entry:
   %value_bytes = select i1 %wide, i64 4, i64 2
   %out_row_bytes = mul i64 %out_stride, %value_bytes
-  %row_bytes = shl i64 %in, 1
+  %row_bytes = mul i64 %in, {isa.value_bytes}
   %fitting = udiv i64 {X_BYTES}, %row_bytes
   %most = call i64 @llvm.umax.i64(i64 %fitting, i64 {LEAST_ROWS})
   %rows_up = add i64 %rows, %most
@@ -251,7 +298,7 @@ entry:
   %ahead = select i1 %one_block, i64 {OUTS}, i64 %some
   %value_bytes = select i1 %wide, i64 4, i64 2
   %out_row_bytes = mul i64 %out_stride, %value_bytes
-  %row_bytes = shl i64 %in, 1
+  %row_bytes = mul i64 %in, {isa.value_bytes}
   br label %outs_loop
 outs_loop:
   %c = phi i64 [0, %entry], [%c_next, %outs_end]

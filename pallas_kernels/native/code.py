@@ -93,11 +93,12 @@ def broadcast(code: Code, kind: str, scalar: str, count: int) -> str:
     return code.let(f"shufflevector {vector} {first}, {vector} poison, <{count} x i32> zeroinitializer")
 
 
-def sum_lanes(code: Code, vectors: list[str], lanes: int) -> str:
-    """`<n x float>`: the sum of each of n vectors' lanes. Lane i takes lane i + half, until one is left.
+def sum_lanes(code: Code, vectors: list[str], lanes: int, kind: str = "float") -> str:
+    """`<n x kind>` (float, i32): the sum of each of n vectors' lanes. Lane i takes lane i + half, until one is left.
 
     Several vectors are folded into one on the way, which leaves the additions what they are and saves shuffles.
     """
+    add = "fadd" if kind == "float" else "add"
     held = 1  # accumulators interleaved in each vector
     while lanes > 1 or len(vectors) > 1:
         if lanes == 1:
@@ -108,11 +109,11 @@ def sum_lanes(code: Code, vectors: list[str], lanes: int) -> str:
         low = [s * lanes + i for s in range(held * (2 if paired else 1)) for i in range(half)]
         folded = []
         for first in range(0, len(vectors), 2 if paired else 1):
-            operands = f"<{width} x float> {vectors[first]}, <{width} x float> "
+            operands = f"<{width} x {kind}> {vectors[first]}, <{width} x {kind}> "
             operands += vectors[first + 1] if paired else "poison"
             a = code.let(f"shufflevector {operands}, <{len(low)} x i32> {constants(low)}")
             b = code.let(f"shufflevector {operands}, <{len(low)} x i32> {constants([i + half for i in low])}")
-            folded.append(code.let(f"fadd <{len(low)} x float> {a}, {b}"))
+            folded.append(code.let(f"{add} <{len(low)} x {kind}> {a}, {b}"))
         vectors, lanes = folded, half
         held *= 2 if paired else 1
     return vectors[0]

@@ -8,7 +8,7 @@ never a deadlock. Whoever leaves a job last frees it.
 from __future__ import annotations
 
 API_MAJOR, API_MINOR = 0, 4  # of the structs below; XLA checks them when the handler is registered
-F32 = 11  # XLA_FFI_DataType_F32
+S32, F32 = 4, 11  # XLA_FFI_DataType
 
 # Places of function pointers in XLA_FFI_Api: they follow 48 bytes of sizes and versions.
 _API = {name: 48 + 8 * place for name, place in {"error_destroy": 2, "schedule": 11, "num_threads": 12}.items()}

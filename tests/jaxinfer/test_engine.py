@@ -20,11 +20,12 @@ from oracle import Oracle
 
 from jaxinfer import programs
 from jaxinfer.batch import DeviceState, PagedCache
-from jaxinfer.config import ConfigError, EngineConfig
+from jaxinfer.config import ATTENTION_BACKENDS, KV_DTYPES, MATMUL_BACKENDS, ConfigError, EngineConfig
 from jaxinfer.engine import Engine, _Flight
 from jaxinfer.request import FinishReason, QueueFullError, Request, RequestError, SamplingParams, TokenEvent
 from jaxinfer.step import Outcome
-from pallas_kernels import attention
+from pallas_kernels import attention, matmul
+from pallas_kernels.attention import PageRows, storage
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 96
@@ -218,10 +219,33 @@ def test_unused_pages_may_hold_nan(model_dir: Path, expected: dict) -> None:
     for kv in engine._state.cache.layers:
         spec, pages = kv.spec, jnp.arange(kv.keys.shape[0])
         nan = jnp.full((len(pages), spec.page_size, 2, spec.kv_heads, spec.head_dim), jnp.nan)
-        poisoned.append(attention.write_pages(kv, pages, nan))
+        poisoned.append(attention.write_pages(kv, pages, PageRows(nan)))
     engine._state = DeviceState(PagedCache(tuple(poisoned)), engine._state.slots)
     got = run(engine, both())
     assert all(tokens_of(got[key]) == tokens_of(events) for key, events in expected.items())
+
+
+@pytest.mark.parametrize("kv_dtype", storage.LARGEST)
+def test_quantized_pages_hold_more_tokens_and_change_little(model_dir: Path, kv_dtype: str, expected: dict) -> None:
+    """The page pool is a budget of bytes; a request's tokens do not depend on how it was chunked."""
+    config = replace(BASE, kv_dtype=kv_dtype, kv_memory_bytes=SMALL_POOL)
+    engine = Engine(model_dir, config)
+    plain = Engine(model_dir, replace(BASE, kv_memory_bytes=SMALL_POOL))
+    assert engine.info()["kv_dtype"] == kv_dtype
+    assert engine.info()["kv_bytes_per_token"] < 0.45 * plain.info()["kv_bytes_per_token"]  # of float32
+    assert engine.num_pages[0] > 1.5 * plain.num_pages[0]
+    got = run(engine, both())
+    if kv_dtype == "int8":
+        chunked = run(Engine(model_dir, replace(config, max_num_batched_tokens=32, max_prefill_seqs=1)), both())
+        assert all(tokens_of(got[key]) == tokens_of(events) for key, events in chunked.items())
+    first = [abs(logprobs_of(got[key])[0] - logprobs_of(expected[key])[0]) for key in expected]
+    assert max(first) < {"int8": 0.02, "float8_e4m3fn": 0.1, "int4": 0.5}[kv_dtype]
+
+
+def test_every_backend_can_be_asked_for() -> None:
+    assert set(ATTENTION_BACKENDS) == {"auto", *attention.OP.backends}
+    assert set(MATMUL_BACKENDS) == {"auto", *matmul.OP.backends}
+    assert {"auto", *storage.DTYPES} == {*KV_DTYPES, "float16"}  # the engine computes in bfloat16 or float32
 
 
 def test_nothing_compiles_after_warm_up(engine: Engine) -> None:

@@ -12,13 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import devices, tensors
 from pallas_kernels.dispatch import BackendError
 from pallas_kernels.matmul import OP, llvm_cpu, llvm_tiles, matmul
 from pallas_kernels.native import handler, jit
 
 ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 33)
 SHAPES = ((1, 1), (31, 3), (70, 13), (64, 8), (513, 1030), (2048, 64))  # (in, out): tails, one chunk, several chunks
-CASE = {"rows": 4, "in_size": 64, "out_size": 64, "dtype": "bfloat16", "out_dtype": "bfloat16", "platform": "cpu"}
+CPU, TPU, GPU = (devices.named(name) for name in ("cpu", "v6e", "h100"))
+CASE = {
+    "rows": 4,
+    "in_size": 64,
+    "out_size": 64,
+    "dtype": "bfloat16",
+    "out_dtype": "bfloat16",
+    "format": "dense",
+    "device": CPU,
+}
 TOLERANCE = {"bfloat16": 2**-8, "float32": 1e-5}  # of the largest result; bfloat16 results are rounded to 8 bits
 
 needs_native = pytest.mark.skipif(
@@ -51,7 +61,7 @@ def leading_rows(backend: str, x: jax.Array, weight: jax.Array, out_dtype: str) 
 @pytest.mark.parametrize(
     ("backend", "shape"),
     [pytest.param("llvm_cpu", shape, marks=needs_native) for shape in SHAPES]
-    + [(backend, (70, 13)) for backend in OP.backends if backend != "llvm_cpu"],
+    + [(backend, (70, 13)) for backend in ("xla", "reference")],
 )
 def test_agrees_with_float64(backend: str, shape: tuple[int, int], out_dtype: str) -> None:
     x, weight = operands(max(ROWS), *shape)
@@ -86,10 +96,11 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(backend: str, dtype
 def test_portable_instructions_agree_with_float64(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The float32 variants of the kernel; LLVM compiles any vector width for any CPU."""
     target = f"test_matmul_{isa.lower()}"
-    monkeypatch.setattr(llvm_cpu, "TARGET_NAME", target)
-    assert jit.register(target, llvm_cpu.ir(getattr(llvm_tiles, isa))) is None
+    monkeypatch.setitem(llvm_cpu.TARGETS, "dense", target)
+    assert jit.register(target, llvm_cpu.ir(getattr(llvm_tiles, isa), target)) is None
     x, weight = operands(9, 77, 530)
-    products = [llvm_cpu.run(x[:rows], weight, out_dtype=jnp.dtype(jnp.float32)) for rows in (9, 4, 1)]
+    run = partial(llvm_cpu.run, weight=weight, out_dtype=jnp.dtype(jnp.float32), device=devices.current())
+    products = [run(x[:rows]) for rows in (9, 4, 1)]
     wanted = exact(x, weight)
     np.testing.assert_allclose(products[0], wanted, atol=1e-5 * np.max(np.abs(wanted)))
     for product in products[1:]:
@@ -123,7 +134,7 @@ def test_bfloat16_results_round_to_nearest_even() -> None:
 def test_the_compiled_program_calls_the_native_kernel() -> None:
     x, weight = operands(16, 256, 512)
     text = jax.jit(partial(matmul, backend="llvm_cpu")).lower(x, weight).compile().as_text()
-    assert llvm_cpu.TARGET_NAME in text
+    assert llvm_cpu.TARGETS["dense"] in text
     assert " dot(" not in text
 
 
@@ -204,7 +215,7 @@ def test_gradients_are_those_of_the_xla_backend() -> None:
 def test_auto_prefers_the_native_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OP.choose("auto", **CASE)[0] == "llvm_cpu"
     assert OP.choose("auto", **CASE | {"dtype": "float32", "out_dtype": "float32"})[0] == "xla"
-    assert OP.choose("auto", **CASE | {"platform": "tpu"})[0] == "xla"
+    assert OP.choose("auto", **CASE | {"device": TPU})[0] == "xla"
     monkeypatch.setattr(llvm_cpu, "_host_isa", lambda: llvm_tiles.AVX2)
     assert OP.choose("auto", **CASE | {"rows": 32})[0] == "llvm_cpu"
     assert OP.choose("auto", **CASE | {"rows": 33})[0] == "xla"
@@ -214,7 +225,8 @@ def test_auto_prefers_the_native_kernel_where_it_is_faster(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"platform": "gpu"}, "it is for CPUs, the platform is gpu"),
+        ({"device": GPU}, "it is for CPUs, the device is h100"),
+        ({"format": "int8"}, "it multiplies dense and w8a8-int8 weights, not int8"),
         ({"dtype": "float32"}, "it multiplies bfloat16, not float32"),
         ({"out_dtype": "float16"}, "out_dtype float16 is not one of bfloat16, float32"),
     ],
@@ -245,14 +257,53 @@ def test_without_llvmlite_xla_serves_and_the_refusal_says_how_to_get_it(monkeypa
 
 def test_a_cpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit.host, "machine", lambda: "riscv64")
-    assert "needs x86-64 with AVX2 and FMA, or 64-bit Arm; this is riscv64" in str(llvm_cpu._register.__wrapped__())
+    reason = str(llvm_cpu._register.__wrapped__("dense"))
+    assert "needs x86-64 with AVX2 and FMA, or 64-bit Arm; this is riscv64" in reason
 
 
 @needs_native
 def test_another_ffi_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handler, "API_MINOR", 99)
-    monkeypatch.setattr(llvm_cpu, "TARGET_NAME", "test_matmul_future_api")
-    assert "does not take handlers of XLA FFI 0.99" in str(llvm_cpu._register.__wrapped__())
+    monkeypatch.setitem(llvm_cpu.TARGETS, "dense", "test_matmul_future_api")
+    assert "does not take handlers of XLA FFI 0.99" in str(llvm_cpu._register.__wrapped__("dense"))
+
+
+needs_vnni = pytest.mark.skipif(
+    llvm_cpu.refuse(**CASE | {"format": "w8a8-int8"}) is not None, reason="no AVX512-VNNI on this machine"
+)
+
+
+@needs_vnni
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 130])
+@pytest.mark.parametrize("shape", [(512, 256), (896, 1000), (100, 7), (33, 5), (5, 64)], ids=str)
+def test_native_w8a8_is_exact(rows: int, shape: tuple[int, int]) -> None:
+    """Integers and their scales: nothing is rounded until the end, so `xla` gives the same bits."""
+    x, weight = operands(rows, *shape)
+    quantized = tensors.quantize(weight, "int8", activation="int8")
+    products = [matmul(x, quantized, backend=name, out_dtype=jnp.float32) for name in ("llvm_cpu", "xla")]
+    np.testing.assert_allclose(products[0], products[1], rtol=1e-6)
+
+
+@needs_vnni
+def test_native_w8a8_takes_the_largest_values() -> None:
+    """The most that 65,536 inputs can add up to: unsigned bytes times signed ones do not saturate, sums do not wrap."""
+    in_size = llvm_cpu.MOST_INTEGER_INPUTS
+    for sign in (1, -1):
+        x = jnp.full((2, in_size), sign, jnp.float32)
+        weight = tensors.quantize(jnp.full((5, in_size), -1.0), "int8", activation="int8")
+        np.testing.assert_allclose(matmul(x, weight, backend="llvm_cpu"), np.full((2, 5), -sign * in_size), rtol=1e-6)
+
+
+def test_native_w8a8_refuses_sums_that_may_not_fit() -> None:
+    assert "131072 inputs are more than 65536" in str(
+        llvm_cpu.refuse(**CASE | {"format": "w8a8-int8", "in_size": 1 << 17})
+    )
+
+
+def test_a_cpu_without_vnni_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "unavailable", lambda: None)
+    monkeypatch.setattr(llvm_cpu, "_has_vnni", lambda: False)
+    assert "w8a8-int8 needs AVX512-VNNI" in str(llvm_cpu._register.__wrapped__("w8a8-int8"))
 
 
 def test_xla_never_runs_a_one_row_dot() -> None:

@@ -96,6 +96,8 @@ def test_info_prints_one_document(capfd):
         (["generate", str(MODEL), "--prompt", "text"], "no tokenizer"),
         (["generate", str(MODEL), "--token-ids", "999999"], "outside the vocabulary"),
         (["demo", "--clients", "0"], "clients=0"),
+        (["info", "--kernels", "--device", "v9"], "device 'v9' is not one of v5e"),
+        (["info", "--device", "v6e"], "--device v6e needs --kernels"),
         (["frobnicate"], "invalid choice"),
     ],
 )
@@ -129,3 +131,22 @@ def test_a_taken_port_is_told(capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert cli.main(["serve", str(MODEL), "--port", str(taken.getsockname()[1])]) == 2
     assert "port in use" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "v6e", "h100", "a100"])
+def test_info_kernels_says_what_serves_each_case(capfd, device):
+    assert cli.main(["info", "--kernels", "--device", device, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["device"] == device
+    answers = document["kernels"]
+    assert {answer["op"] for answer in answers} == {"attention", "matmul", "grouped_matmul"}
+    assert all(answer["backend"] or answer["refusals"] for answer in answers)
+    assert all(answer["backend"] != "reference" for answer in answers)
+    if device == "v6e":
+        assert any(answer["backend"] == "mosaic_tpu" for answer in answers)
+
+
+def test_info_kernels_prints_a_table(capfd):
+    assert cli.main(["info", "--kernels"]) == 0
+    printed = capfd.readouterr().out
+    assert "kernels on cpu" in printed and "llvm_cpu" in printed

@@ -1,0 +1,166 @@
+"""Finds block sizes on the accelerator it runs on and writes them to pallas_kernels/tuning/<device>.json.
+
+    python scripts/tune_kernels.py                         # every kernel of this device, at the shapes below
+    python scripts/tune_kernels.py --only attention.triton --rounds 15
+
+From a kernel's default each block size is halved and doubled in turn, as long as that is faster; a size that does not
+compile is passed over. Entries of shapes that were not measured now are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if importlib.util.find_spec("pallas_kernels") is None:  # not installed: run from the checkout
+    sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+
+from pallas_kernels import attention, devices, matmul, tuning  # noqa: E402
+from pallas_kernels.devices import Device  # noqa: E402
+from pallas_kernels.timing import compare  # noqa: E402
+from pallas_kernels.workloads import AttentionWork, Call, MatmulWork  # noqa: E402
+
+LEAST_GAIN = 0.02  # of the time: less is noise
+HEADS = ((32, 8, 128), (32, 32, 128), (32, 8, 64), (16, 8, 256), (64, 8, 128))  # query heads, KV heads, head_dim
+SIZES = ((4096, 14336), (14336, 4096), (4096, 6144), (8192, 28672))  # inputs, outputs
+FORMATS = ("int4/g128", "int8", "fp8", "w8a8-int8")
+ROWS = (1, 16, 64, 512)
+
+Blocks = dict[str, int]
+Measure = Callable[[Mapping[str, Blocks]], dict[str, float]]  # {name: blocks} -> {name: seconds}, failed ones left out
+
+
+def works(device: Device) -> Iterator[tuple[str, AttentionWork | MatmulWork]]:
+    """(operation, call) of every shape that is tuned."""
+    page_size = attention.default_page_size(device)
+    for q_heads, kv_heads, head_dim in HEADS:
+        for kv_dtype in ("bfloat16", "int8"):
+            shape: dict[str, Any] = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+            shape |= {"kv_dtype": kv_dtype, "page_size": page_size}
+            yield "attention", AttentionWork("decode", **shape)
+            yield "attention", AttentionWork("prefill", **shape, seqs=1, rows=4096)
+    for in_size, out_size in SIZES:
+        for format in FORMATS:
+            for rows in ROWS:
+                yield "matmul", MatmulWork(format, rows, in_size, out_size)
+
+
+def search(default: Blocks, measure: Measure) -> tuple[Blocks, float]:
+    """The fastest block sizes found from `default`, one coordinate after the other, and their seconds."""
+    best, best_s = dict(default), measure({"best": default})["best"]
+    improved = True
+    while improved:
+        improved = False
+        for name in default:
+            candidates = {
+                str(size): {**best, name: size}
+                for size in (best[name] // 2, best[name] * 2)
+                if size and size != best[name]
+            }
+            seconds = measure({"best": best, **candidates})
+            best_s = seconds.pop("best")
+            winner = min(seconds, key=lambda size: seconds[size], default=None)
+            if winner is not None and seconds[winner] < best_s * (1 - LEAST_GAIN):
+                best, best_s, improved = candidates[winner], seconds[winner], True
+    return best, best_s
+
+
+def measure_on_device(make: Callable[[], Call], kernel: str, rounds: int) -> Measure:
+    """Times a call with block sizes forced while it is traced, all candidates in turns."""
+
+    def measure(candidates: Mapping[str, Blocks]) -> dict[str, float]:
+        programs = {}
+        for name, blocks in candidates.items():
+            with tuning.forced(kernel, blocks):
+                program = make().program()
+                try:
+                    jax.block_until_ready(program())
+                except Exception as error:  # too much shared memory or VMEM, or a shape the compiler does not take
+                    print(f"  {blocks}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
+                    continue
+                programs[name] = program
+        return {name: timing.median_s for name, timing in compare(programs, rounds=rounds).items()}
+
+    return measure
+
+
+def tune(device: Device, only: set[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Entries of a table, per kernel."""
+    ops = {"attention": attention.OP, "matmul": matmul.OP}
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for op, work in works(device):
+        for backend in ops[op].backends:
+            kernel = f"{op}.{backend}"
+            if kernel not in tuning.KEYS or (only and kernel not in only):
+                continue
+
+            def make(work: AttentionWork | MatmulWork = work, backend: str = backend) -> Call:
+                return work.call(backend, device, filled=True)
+
+            for question in questions(work, backend, device, kernel):
+                blocks, seconds = search(question.default, measure_on_device(make, kernel, rounds))
+                print(f"{kernel} {question.key}: {blocks}, {seconds * 1e6:.0f} us", file=sys.stderr)
+                entry = {
+                    "key": question.key,
+                    "blocks": blocks,
+                    "default": question.default,
+                    "microseconds": seconds * 1e6,
+                }
+                entries.setdefault(kernel, []).append(entry)
+    return entries
+
+
+def questions(work: AttentionWork | MatmulWork, backend: str, device: Device, kernel: str) -> list[tuning.Question]:
+    """What a call asks of the tables; nothing where the backend refuses it."""
+    try:
+        call = work.call(backend, device, filled=False)
+        with tuning.asked() as asked, devices.targeting(device):
+            jax.eval_shape(call.function, *call.args)
+    except ValueError as refusal:
+        print(f"{kernel}: {refusal}", file=sys.stderr)
+        return []
+    return [question for question in asked if question.kernel == kernel]
+
+
+def merged(old: dict[str, Any], new: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The old table's entries, those measured again replaced."""
+    kernels = dict(old.get("kernels", {}))
+    for kernel, entries in new.items():
+        fresh = [entry["key"] for entry in entries]
+        kernels[kernel] = [entry for entry in kernels.get(kernel, []) if entry["key"] not in fresh] + entries
+    return kernels
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", action="append", default=[], choices=sorted(tuning.KEYS), help="tune this kernel only"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per comparison (default: 9)")
+    parser.add_argument("--out", type=Path, help="file to write (default: the table of this device)")
+    args = parser.parse_args()
+    device = devices.current()
+    if device.platform == "cpu":
+        parser.error("no accelerator here: the CPU's kernels have no block sizes to tune")
+    out = args.out or ROOT / "pallas_kernels" / "tuning" / f"{device.name}.json"
+    old = json.loads(out.read_text()) if out.exists() else {}
+    kernels = merged(old, tune(device, set(args.only), args.rounds))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    table = {"device_kind": jax.devices()[0].device_kind, "versions": versions, "kernels": kernels}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -8,12 +8,9 @@ Sources: Google Cloud's TPU pages, NVIDIA's and AMD's data sheets (dense rates).
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -76,18 +73,6 @@ def current() -> Device:
     return of_kind(device.device_kind, device.platform)
 
 
-@contextmanager
-def targeting(device: Device) -> Iterator[None]:
-    """Whatever is traced inside is for `device`, which need not be here: `current()` gives it, and kernels see it."""
-    if device.platform == "cpu":
-        yield
-        return
-    abstract = AbstractDevice(device.kind, device.num_cores, "gpu" if device.is_gpu else device.platform)
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=abstract)
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield
-
-
 def of_kind(kind: str, platform: str) -> Device:
     """The device of jax's `device_kind`; one that no table names gets the figures of its platform's smallest."""
     if platform == "cpu" or kind == "cpu":
@@ -97,17 +82,8 @@ def of_kind(kind: str, platform: str) -> Device:
         return max(matches, key=lambda device: len(device.kind))
     if platform == "tpu" or kind.startswith("TPU"):
         like = DEVICES["v5e"]
-    else:
-        like = DEVICES["mi300x" if kind.startswith(("AMD", "gfx")) else "a100"]
-    return Device(
-        kind.lower().replace(" ", "-"),
-        like.platform,
-        kind,
-        like.arch,
-        like.fast_memory_bytes,
-        like.num_cores,
-        like.memory_bytes,
-        like.memory_gbps,
-        like.bf16_tflops,
-        like.int8_tops,
-    )
+    elif kind.startswith(("AMD", "gfx")):
+        like = DEVICES["mi300x"]
+    else:  # the oldest architecture kernels are made for, with the shared memory that all since have
+        like = replace(DEVICES["a100"], fast_memory_bytes=DEVICES["l4"].fast_memory_bytes)
+    return replace(like, name=kind.lower().replace(" ", "-"), kind=kind)

@@ -39,7 +39,7 @@ def survey(device: Device) -> list[Answer]:
 
 
 def _answer(op: Op, name: str, device: Device, case: dict[str, Any]) -> Answer:
-    refusals = {}
+    refusals: dict[str, str] = {}
     for backend in op.backends:
         reason = None if backend == REFERENCE else op.refuse(backend, device=device, **case)
         if backend != REFERENCE and reason is None:
@@ -66,4 +66,5 @@ def _cases(device: Device) -> Iterator[tuple[Op, str, dict[str, Any]]]:
             for rows in ROWS:
                 sizes = {"rows": rows, "in_size": IN_SIZE, "out_size": OUT_SIZE, **extra}
                 name = f"{format}, {rows} x {IN_SIZE} x {OUT_SIZE}" + (f", {NUM_GROUPS} groups" if extra else "")
-                yield op, name, {**sizes, "dtype": "bfloat16", "out_dtype": "bfloat16", "format": format}
+                core = format.removesuffix("/outliers").removesuffix("/zp")  # those are not a backend's business
+                yield op, name, {**sizes, "dtype": "bfloat16", "out_dtype": "bfloat16", "format": core}

@@ -130,16 +130,18 @@ class MatmulWork:
     def call(self, backend: str, device: Device, *, filled: bool) -> Call:
         """One product; `filled`: with random arguments, else only their shapes."""
         groups = () if self.num_groups is None else (self.num_groups,)
-        formats = matmul_cases.FORMATS if self.num_groups is None else grouped_cases.FORMATS
+        formats = {**matmul_cases.FORMATS, **grouped_cases.FORMATS}  # the latter has "dense" too
         weight_shape = jax.ShapeDtypeStruct((*groups, self.out_size, self.in_size), jnp.dtype(self.dtype))
-        x = jax.ShapeDtypeStruct((self.rows, self.in_size), jnp.dtype(self.dtype))
-        make = (lambda weight: weight) if self.format == "dense" else formats[self.format]
+        x: Any = jax.ShapeDtypeStruct((self.rows, self.in_size), jnp.dtype(self.dtype))
+        make = formats[self.format]
         weight = jax.jit(make)(random(weight_shape)) if filled else jax.eval_shape(make, weight_shape)
         x = random(x) if filled else x
         if self.num_groups is None:
             return Call(lambda x, w: matmul(x, w, backend=backend, device=device), (x, weight))
-        sizes = jnp.full(self.num_groups, self.rows // self.num_groups, jnp.int32)
-        sizes = sizes.at[0].add(self.rows % self.num_groups) if filled else jax.eval_shape(lambda: sizes)
+        sizes: Any = jax.ShapeDtypeStruct((self.num_groups,), jnp.int32)
+        if filled:
+            sizes = jnp.full(self.num_groups, self.rows // self.num_groups, jnp.int32)
+            sizes = sizes.at[0].add(self.rows % self.num_groups)
         return Call(lambda x, w, n: grouped_matmul(x, w, n, backend=backend, device=device), (x, weight, sizes))
 
 

@@ -28,6 +28,7 @@ from pallas_kernels import attention, devices, matmul, tuning  # noqa: E402
 from pallas_kernels.devices import Device  # noqa: E402
 from pallas_kernels.timing import compare  # noqa: E402
 from pallas_kernels.workloads import AttentionWork, Call, MatmulWork  # noqa: E402
+from sharding import topology  # noqa: E402
 
 LEAST_GAIN = 0.02  # of the time: less is noise
 HEADS = ((32, 8, 128), (32, 32, 128), (32, 8, 64), (16, 8, 256), (64, 8, 128))  # query heads, KV heads, head_dim
@@ -123,7 +124,7 @@ def questions(work: AttentionWork | MatmulWork, backend: str, device: Device, ke
     """What a call asks of the tables; nothing where the backend refuses it."""
     try:
         call = work.call(backend, device, filled=False)
-        with tuning.asked() as asked, devices.targeting(device):
+        with tuning.asked() as asked, topology.targeting(device):
             jax.eval_shape(call.function, *call.args)
     except ValueError as refusal:
         print(f"{kernel}: {refusal}", file=sys.stderr)

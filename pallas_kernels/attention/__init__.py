@@ -105,6 +105,11 @@ class Ragged:
     num_decode_seqs: int = 0
 
 
+def default_page_size(device: Device) -> int:
+    """Tokens per page that the kernels for a device like best."""
+    return {"tpu": 128, "cuda": 64, "rocm": 64}.get(device.platform, 32)
+
+
 class UnsupportedError(ValueError):
     """A request to a kernel that its backend cannot honour; the message says what would work."""
 
@@ -180,7 +185,7 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     highest = jnp.maximum(jnp.max(jnp.stack([lse for _, lse in parts]), axis=0), jnp.finfo(jnp.float32).min)
     weights = [jnp.exp(lse - highest) for _, lse in parts]
     total = sum(weights[1:], start=weights[0])
-    used = total > 0
+    used = total != 0  # NaN is of use: it must be seen
     weighted = sum(out.astype(jnp.float32) * weight[..., None] for (out, _), weight in zip(parts, weights, strict=True))
     out = jnp.where(used[..., None], weighted / jnp.where(used, total, 1.0)[..., None], 0.0)
     return out.astype(parts[0][0].dtype), jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
@@ -190,7 +195,7 @@ def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple
     """What attention with `sinks f32[q_heads]` gives, from its `(out [tokens, q_heads, head_dim], lse)` without."""
     if sinks is None:
         return out, lse
-    used = jnp.isfinite(lse)  # a token that sees nothing does not see sinks either
+    used = lse != -jnp.inf  # a token that sees nothing does not see sinks either
     total = jnp.where(used, jnp.logaddexp(lse, sinks[None, :]), -jnp.inf)
     return jnp.where(used[..., None], out * jnp.exp(lse - total)[..., None], 0.0).astype(out.dtype), total
 

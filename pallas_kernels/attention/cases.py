@@ -251,7 +251,8 @@ def dequantized(pages: PageRows) -> np.ndarray:
 
 
 def check(backend: str, case: Case, seed: int = 0, *, device: Device | None = None) -> None:
-    """Raises AssertionError where a backend's outcome is not the oracle's."""
+    """Raises AssertionError where a backend's outcome is not the oracle's, BackendError where it refuses the case."""
+    attention.choose(case.spec, backend=backend, q_heads=case.q_heads, device=device)
     inputs, expected = oracle(case, seed)
     compare(case, inputs, run(backend, case, inputs, device=device), expected)
 

@@ -120,7 +120,7 @@ def attend[KV: XlaKV](
     if num_tokens > decode_tokens:
         parts.append(_prefill(q, decode_tokens, kv, ragged, rules))
     highest, total, weighted = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    used = total > 0  # an unused sequence's tokens see nothing, sinks included
+    used = total != 0  # NaN counts: it must be seen; an unused sequence's tokens see nothing, sinks included
     if sinks is not None:
         above = jnp.maximum(highest, sinks[None, :])
         shrink = jnp.exp(highest - above)

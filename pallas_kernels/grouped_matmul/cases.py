@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,11 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import cases
 from pallas_kernels.tensors import QuantizedTensor
 
-FORMATS = ("dense", "int8", "int8/g128", "int4", "int4/g64", "int4/g128", "fp8", "w8a8-int8", "w8a8-fp8")
+_QUANTIZED = ("int8", "int8/g128", "int4", "int4/g64", "int4/g128", "fp8", "w8a8-int8", "w8a8-fp8")
+FORMATS: dict[str, Callable[[jax.Array], jax.Array | QuantizedTensor]] = {
+    "dense": lambda weight: weight,
+    **{name: cases.FORMATS[name] for name in _QUANTIZED},
+}
 GROUPS: dict[str, tuple[int, ...]] = {  # rows of each group
     "one-row": (0, 1, 0, 0),
     "single-rows": (1, 1, 0, 1, 1, 1),
@@ -64,8 +69,7 @@ def build(case: Case, seed: int = 0) -> tuple[jax.Array, jax.Array | QuantizedTe
     x[used:] = 1e30
     shape = (len(case.groups), case.out_size, case.in_size)
     weight = jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
-    stored = weight if case.format == "dense" else cases.FORMATS[case.format](weight)
-    return jnp.asarray(x, case.dtype), stored, jnp.asarray(case.groups, jnp.int32)
+    return jnp.asarray(x, case.dtype), jax.jit(FORMATS[case.format])(weight), jnp.asarray(case.groups, jnp.int32)
 
 
 def exact(x: jax.Array, weight: jax.Array | QuantizedTensor, groups: tuple[int, ...]) -> np.ndarray:

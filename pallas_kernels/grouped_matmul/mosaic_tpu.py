@@ -54,7 +54,7 @@ def run(
     blocks = tuning.block_sizes(
         "grouped_matmul.mosaic_tpu",
         device,
-        default_blocks(weight, tokens, device),
+        default_blocks(weight, x, device),
         format=weight.format if isinstance(weight, QuantizedTensor) else "dense",
         rows=tuning.row_bucket(tokens),
         in_size=in_size,
@@ -68,11 +68,11 @@ def run(
     return _call(pieces, operands, tiling, out_size, out_dtype)[:tokens]
 
 
-def default_blocks(weight: jax.Array | QuantizedTensor, tokens: int, device: Device) -> dict[str, int]:
-    """Tiles of rows about as long as a group; tiles of weights as in the plain matmul."""
-    per_group = tuning.row_bucket(tokens // weight.shape[0])
-    rows = min(max(per_group, LEAST_ROWS), matmul.MOST_ROWS, matmul.round_up(tokens, matmul.ROW_MULTIPLE))
-    return {**matmul.default_blocks(weight, tokens, device), "rows": rows}
+def default_blocks(weight: jax.Array | QuantizedTensor, x: jax.Array, device: Device) -> dict[str, int]:
+    """Tiles of rows about as long as a group, but no longer than in the plain matmul; tiles of weights as there."""
+    blocks = matmul.default_blocks(weight, x, device)
+    per_group = tuning.row_bucket(x.shape[0] // weight.shape[0])
+    return {**blocks, "rows": min(max(per_group, LEAST_ROWS), blocks["rows"])}
 
 
 def _kernel(tiling: Tiling, pieces: Schedule, tile: Operands, out: jax.Array, sums: jax.Array) -> None:

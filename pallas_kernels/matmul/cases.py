@@ -6,6 +6,7 @@ rows that quantization made of x.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,24 +75,30 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-8}
 
 def build(case: Case, seed: int = 0) -> tuple[jax.Array, jax.Array | QuantizedTensor]:
     """x `[rows, in]` and the weight `[out, in]` of a case, the same for every backend; some inputs are large."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((case.rows, case.in_size), np.float32)
+    x = np.random.default_rng(seed).standard_normal((case.rows, case.in_size), np.float32)
     x[:, OUTLIERS] *= 30 if case.format.endswith("outliers") else 1
-    weight = jnp.asarray(rng.standard_normal((case.out_size, case.in_size), np.float32), case.dtype)
-    return jnp.asarray(x, case.dtype), weight if case.format == "dense" else FORMATS[case.format](weight)
+    return jnp.asarray(x, case.dtype), _weight(case.format, (case.out_size, case.in_size), case.dtype, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _weight(format: str, shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array | QuantizedTensor:
+    """Kept for the next case with another number of rows."""
+    weight = jnp.asarray(np.random.default_rng(seed + 1).standard_normal(shape, np.float32), dtype)
+    return weight if format == "dense" else jax.jit(FORMATS[format])(weight)
 
 
 def exact(x: jax.Array, weight: jax.Array | QuantizedTensor) -> np.ndarray:
     """f64 `[rows, out]`: the product without rounding, of activations as they are quantized."""
     if not isinstance(weight, QuantizedTensor):
         return np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    plain = np.asarray(tensors.dequantize(weight), np.float64)
-    if weight.activation is None:
-        return np.asarray(x, np.float64) @ plain.T
-    columns = np.asarray([] if weight.outlier_columns is None else weight.outlier_columns, np.int32)
-    values, scales = tensors.quantize_rows(x.at[:, columns].set(0), weight.activation)
-    seen = np.asarray(values, np.float64) * np.asarray(scales, np.float64)[:, None]
-    seen[:, columns] = np.asarray(x, np.float64)[:, columns]
+    plain = np.asarray(jax.jit(tensors.dequantize)(weight), np.float64)
+    seen = np.asarray(x, np.float64)
+    if weight.activation is not None:
+        columns = np.asarray([] if weight.outlier_columns is None else weight.outlier_columns, np.int32)
+        values, scales = tensors.quantize_rows(x.at[:, columns].set(0), weight.activation)
+        kept = seen[:, columns]
+        seen = np.asarray(values, np.float64) * np.asarray(scales, np.float64)[:, None]
+        seen[:, columns] = kept
     return seen @ plain.T
 
 

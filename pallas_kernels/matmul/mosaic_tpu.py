@@ -24,12 +24,14 @@ from pallas_kernels.tensors import QuantizedTensor, split_nibbles
 
 LANES = 128  # of a vector register
 ROW_MULTIPLE = 32  # rows of an 8-bit tile; two of bfloat16's
-MOST_ROWS = 512  # of a tile: beyond it, arithmetic hides reading
+MOST_ROWS = 512  # of a tile: with more, arithmetic takes longer than reading weights anyway
+X_TILE_BYTES = 8 << 20  # most of x in one tile
 MOST_INPUTS = 4096  # of a tile, where inputs divide well
 MOST_INPUTS_WHOLE = 16384  # of a tile where they do not
 PIECE_INPUTS = 512  # widened at a time
 TILE_US = 1.5  # to read a tile of weights: some times what a step of the grid costs
 OUTS = (256, 1024)  # least and most of a tile
+MOST_SUMS = 512 * 512  # of a tile: every one is code, since loops over a tile are unrolled
 VMEM_LIMIT = 48 << 20
 FP8_KINDS = ("TPU7x",)  # TPUs whose matrix unit multiplies fp8
 PLANES = {"int4": 2, "2:4": 4}
@@ -68,7 +70,7 @@ def unfit(format: str, in_size: int, dtype: str, out_dtype: str) -> str | None:
 def tile_inputs(format: str, in_size: int) -> int:
     """Inputs of a tile: the largest suitable divisor of `in_size` up to MOST_INPUTS, or all where that is too few."""
     name, _, group = format.partition("/g")
-    planes = 2 if name == "int4" else 8 if name.startswith("2:4") else 1
+    planes = 2 if name == "int4" else 8 if name.startswith("2:4") else 1  # 2:4's index: two halves of each position's
     unit = math.lcm(planes * LANES, int(group) if group else 1)
     fitting = [size for size in range(unit, min(in_size, MOST_INPUTS) + 1, unit) if in_size % size == 0]
     best = max(fitting, default=in_size)
@@ -269,17 +271,17 @@ def tiling_of(weight: jax.Array | QuantizedTensor, blocks: dict[str, int], *, in
     )
 
 
-def default_blocks(weight: jax.Array | QuantizedTensor, rows: int, device: Device) -> dict[str, int]:
-    """Rows in equal tiles of at most MOST_ROWS; weights in tiles that take TILE_US to read."""
+def default_blocks(weight: jax.Array | QuantizedTensor, x: jax.Array, device: Device) -> dict[str, int]:
+    """Rows in equal tiles, as few as are allowed; weights in tiles that take TILE_US to read."""
     format, values = (weight.format, weight.values) if isinstance(weight, QuantizedTensor) else ("dense", weight)
     inputs = tile_inputs(format, weight.shape[-1])
     bytes_per_out = inputs * values.nbytes / math.prod(weight.shape)
     outs = int(device.memory_gbps * 1e3 * TILE_US / bytes_per_out)
-    return {
-        "rows": round_up(-(-rows // -(-rows // MOST_ROWS)), ROW_MULTIPLE),
-        "outs": min(max(outs // OUTS[0] * OUTS[0], OUTS[0]), OUTS[1]),
-        "inputs": inputs,
-    }
+    most_rows = min(MOST_ROWS, X_TILE_BYTES // (inputs * x.dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
+    row_tiles = -(-x.shape[0] // most_rows)
+    rows = round_up(-(-x.shape[0] // row_tiles), ROW_MULTIPLE)
+    outs = min(outs, OUTS[1], MOST_SUMS // rows) // OUTS[0] * OUTS[0]
+    return {"rows": rows, "outs": max(outs, OUTS[0]), "inputs": inputs}
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -300,7 +302,7 @@ def run(
     blocks = tuning.block_sizes(
         "matmul.mosaic_tpu",
         device,
-        default_blocks(weight, rows, device),
+        default_blocks(weight, x, device),
         format=weight.format,
         rows=tuning.row_bucket(rows),
         in_size=in_size,

@@ -88,7 +88,10 @@ def multiply(
     out_dtype: jnp.dtype,
     device: Device,
 ) -> jax.Array:
-    """`x [rows, in]` times `weight [out, in]`, or times `weight [n, out, in]` by `tiles`, whose last owner is nobody."""
+    """`x [rows, in]` times `weight [out, in]`; or, with `tiles`, times that of their owners in `weight [n, out, in]`.
+
+    A tile of owner n, who has no weight, gives zeros.
+    """
     (parts,) = triton_launch.run(_launch(x, weight, row_scales, tiles, blocks, out_dtype, device), device)
     return parts[0] if blocks.splits == 1 else jnp.sum(parts, axis=0).astype(out_dtype)
 

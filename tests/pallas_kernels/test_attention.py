@@ -133,6 +133,25 @@ def test_a_partial_that_saw_nothing_changes_nothing() -> None:
     np.testing.assert_array_equal(attention.merge([nothing, nothing])[0], 0)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_row_of_nan_is_seen_and_disturbs_nobody(backend: str, sinks: bool) -> None:
+    """A query that is NaN, and a sequence one of whose keys is: their outputs are NaN, the others' as they were."""
+    case = Case(decode=(40, 200, 70), prefill=((20, 5),), sinks=sinks)
+    inputs, expected = oracle(case)
+    broken = replace(inputs, q=inputs.q.at[0].set(jnp.nan), k=inputs.k.at[1].set(jnp.nan))
+    result = run(backend, case, broken)
+    assert np.isnan(result.out[:2]).all()
+    np.testing.assert_allclose(result.out[2:], expected.out[2:], atol=2e-5)
+
+
+def test_a_partial_of_nan_stays_nan() -> None:
+    out, lse = jnp.ones((1, 3, 4)), jnp.zeros((1, 3))
+    merged, total = attention.merge([(out, lse), (out * jnp.nan, lse * jnp.nan)])
+    assert np.isnan(merged).all() and np.isnan(total).all()
+    assert np.isnan(attention.with_sinks(merged, total, jnp.zeros(3))[0]).all()
+
+
 @pytest.mark.parametrize("dtype", storage.DTYPES)
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_page_operations(backend: str, dtype: str) -> None:

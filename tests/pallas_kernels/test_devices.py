@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import devices
+from sharding import topology
 
 
 def test_a_name_that_is_none_lists_the_choices() -> None:
@@ -40,7 +41,7 @@ def test_the_abstract_device_in_context_is_what_is_compiled_for(kind: str, platf
 
 @pytest.mark.parametrize("device", devices.DEVICES.values(), ids=str)
 def test_one_can_trace_for_every_device(device: devices.Device) -> None:
-    with devices.targeting(device):
+    with topology.targeting(device):
         assert devices.current() == device
     assert devices.current() == devices.named("cpu")
 

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from pallas_kernels import devices, tuning, workloads
+from sharding import topology
 
 TABLES = Path(tuning.__file__).parent / "tuning"
 TPU = devices.named("v6e")
@@ -74,7 +75,7 @@ def unmatched(device_name: str, kernels: dict[str, list[dict[str, Any]]]) -> lis
         for entry in entries:
             try:
                 call = workloads.of_key(kernel, entry["key"]).call(kernel.partition(".")[2], device, filled=False)
-                with tuning.asked() as questions, devices.targeting(device):
+                with tuning.asked() as questions, topology.targeting(device):
                     jax.eval_shape(call.function, *call.args)
             except (TypeError, ValueError) as refusal:
                 wrong.append(f"{kernel} {entry['key']}: {refusal}")
@@ -93,7 +94,7 @@ def test_every_entry_of_every_table_can_match() -> None:
 
 def test_a_table_of_what_kernels_ask_for_matches_and_others_are_found() -> None:
     call = workloads.of_key(KERNEL, KEY).call("mosaic_tpu", TPU, filled=False)
-    with tuning.asked() as questions, devices.targeting(TPU):
+    with tuning.asked() as questions, topology.targeting(TPU):
         jax.eval_shape(call.function, *call.args)
     (question,) = [question for question in questions if question.kernel == KERNEL]
     assert question.key == KEY

@@ -1,0 +1,376 @@
+"""Paged attention for TPUs: what is refused, the block sizes, the list of work items, and two calls of one kernel.
+
+Sources: Ragged Paged Attention (2604.15464), FlashAttention-2 (Dao 2023), online softmax (1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import devices, tuning
+from pallas_kernels.attention import KVSpec, Ragged, UnsupportedError, storage
+from pallas_kernels.attention import mosaic_tpu_kernel as kernel
+from pallas_kernels.attention.mosaic_tpu_kernel import LANES, Inputs, Items, Plan
+from pallas_kernels.attention.mosaic_tpu_pages import (
+    MosaicKV,
+    allocate,
+    copy_pages,
+    move_rows,
+    read_pages,
+    stored,
+    write_pages,
+)
+from pallas_kernels.devices import MIB, Device
+
+__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
+
+LEAST_TOKENS = 16  # of a prefill block
+HEAD_DIM_STEP = 16  # rows of a 16-bit tile: K and V halves of a page stay aligned
+
+
+def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
+    """None, or why these pages cannot be served on `device`."""
+    name = jnp.dtype(spec.dtype).name
+    if name not in storage.DTYPES or name == "float16":
+        return f"K/V dtype {name} is not one of bfloat16, float32, {', '.join(storage.LARGEST)}"
+    if spec.page_size % LANES:
+        return f"page_size {spec.page_size} must be a multiple of {LANES}: tokens lie along lanes; use {LANES}"
+    if spec.head_dim % HEAD_DIM_STEP or spec.head_dim > 512:
+        return f"head_dim {spec.head_dim} must be a multiple of {HEAD_DIM_STEP} and at most 512"
+    if q_heads % spec.kv_heads:
+        return f"{q_heads} query heads are not a multiple of {spec.kv_heads} KV heads"
+    needed, limit = _vmem_bytes(spec, q_heads, LEAST_TOKENS, 1) // _splits(spec, device), _vmem_budget(device)
+    if needed > limit:
+        return (
+            f"{LEAST_TOKENS} tokens x {q_heads} query heads and pages of {spec.page_size} tokens need "
+            f"{needed // MIB} MiB of VMEM, the limit is {limit // MIB}; use smaller pages, or more devices per layer"
+        )
+    return None
+
+
+class Phase(NamedTuple):
+    """The part of a call that one kernel call serves, in the kernel's own terms."""
+
+    plan: Plan
+    items: Items
+    q: jax.Array  # [q_blocks, kv_heads, q_rows, head_dim]
+    lanes: Callable[[jax.Array], jax.Array]  # [tokens, ...] of the call -> [token_blocks * token_lanes, ...]
+    unblock: Callable[[jax.Array], jax.Array]  # like q, head_dim or not -> [tokens of the phase, q_heads, ...]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    kv: MosaicKV,
+    ragged: Ragged,
+    *,
+    window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, MosaicKV]:
+    rules = {"window": window, "softcap": softcap, "scale": scale}
+    phases = [_decode] if ragged.num_decode_seqs else []
+    if ragged.kv_len.shape[0] > ragged.num_decode_seqs and q.shape[0] > ragged.num_decode_seqs * ragged.width:
+        phases.append(_prefill)
+    outs, lses = [], []
+    for make in phases:
+        phase = make(q, kv, ragged, rules)
+        out, lse, kv = _run(phase, k, v, kv, ragged, sinks)
+        outs.append(phase.unblock(out))
+        lses.append(phase.unblock(lse[..., : phase.plan.q_rows]))
+    padding = q.shape[0] - sum(map(len, outs))  # tokens after the last decode sequence where no others are
+    outs.append(jnp.zeros((padding, *q.shape[1:]), q.dtype))
+    lses.append(jnp.full((padding, q.shape[1]), -jnp.inf))
+    return jnp.concatenate(outs), jnp.concatenate(lses), kv
+
+
+def _run(
+    phase: Phase, k: jax.Array | None, v: jax.Array | None, kv: MosaicKV, ragged: Ragged, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array, MosaicKV]:
+    plan = phase.plan
+    tokens = [phase.lanes(ragged.q_position)[None]]
+    if ragged.ancestors is not None:
+        tokens.append(phase.lanes(lax.bitcast_convert_type(ragged.ancestors, jnp.int32)).T)
+    new = new_scales = None
+    if k is not None and v is not None:
+        new, new_scales = _new_rows(phase.lanes(k), phase.lanes(v), kv.spec)
+    table = ragged.page_table[:, None, :]
+    positions = None
+    if ragged.kv_position is not None:
+        rows = ragged.page_table.shape[1] * plan.page_size
+        positions = _pad(ragged.kv_position[:, :rows], 1, rows)
+        positions = positions.reshape(len(table), -1, plan.page_size)
+    inputs = Inputs(
+        table=table,
+        next_table=table,
+        sinks=None if sinks is None else sinks.astype(jnp.float32),
+        tokens=jnp.concatenate(tokens),
+        q=phase.q,
+        new=new,
+        new_scales=new_scales,
+        positions=positions,
+        pool=kv.values,
+        scales=kv.scales,
+    )
+    out, lse, values, scales = kernel.call(phase.items, inputs, plan=plan)
+    return out, lse, replace(kv, values=values, scales=scales)
+
+
+def _new_rows(k: jax.Array, v: jax.Array, spec: KVSpec) -> tuple[jax.Array, jax.Array | None]:
+    """`[tokens, kv_heads, head_dim]` twice -> `[kv_heads, 2 * rows, tokens]` and scales, as pages have them."""
+    (keys, key_scales), (values, value_scales) = stored(spec, k), stored(spec, v)
+    new = jnp.concatenate([keys.transpose(1, 2, 0), values.transpose(1, 2, 0)], axis=1)
+    if key_scales is None or value_scales is None:
+        return new, None
+    return new, jnp.stack([key_scales.T, value_scales.T], axis=1)
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` with zeros after it along `axis`, up to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+# ---- decode: an item is a sequence -------------------------------------------------------------------------------
+
+
+def _decode(q: jax.Array, kv: MosaicKV, ragged: Ragged, rules: dict[str, Any]) -> Phase:
+    """The decode sequences, `width` tokens each at lanes that no token block boundary cuts."""
+    seqs, width, (_, q_heads, head_dim) = ragged.num_decode_seqs, ragged.width, q.shape
+    kv_heads = kv.spec.kv_heads
+    group = q_heads // kv_heads
+    stride = 1 << (width - 1).bit_length()  # lanes per sequence
+    token_lanes = max(stride, LANES)
+    rows = _round_up(width * group, 16 if q.dtype == jnp.bfloat16 else 8)
+    plan = _plan("decode", q, kv, rules, ragged, q_rows=lambda _: rows, decode_lanes=token_lanes)
+    tiles = q[: seqs * width].reshape(seqs, width, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
+    tiles = _pad(tiles.reshape(seqs, kv_heads, width * group, head_dim), 2, rows)
+    items = _decode_items(plan, ragged, stride)
+
+    def lanes(x: jax.Array) -> jax.Array:
+        x = _pad(x[: seqs * width].reshape(seqs, width, *x.shape[1:]), 1, stride)
+        return _pad(x.reshape(seqs * stride, *x.shape[2:]), 0, _round_up(seqs * stride, token_lanes))
+
+    def unblock(x: jax.Array) -> jax.Array:
+        """`[seqs, kv_heads, q_rows, ...]` -> `[tokens, q_heads, ...]`"""
+        x = x[:, :, : width * group].reshape(seqs, kv_heads, width, group, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(seqs * width, q_heads, *x.shape[4:])
+
+    return Phase(plan, items, tiles, lanes, unblock)
+
+
+def _decode_items(plan: Plan, ragged: Ragged, stride: int) -> Items:
+    """`stride`: lanes per sequence."""
+    seqs, width = ragged.num_decode_seqs, ragged.width
+    seq = jnp.arange(seqs, dtype=jnp.int32)
+    lane = seq * stride % plan.token_lanes
+    first_row = ragged.kv_len[:seqs] - width
+    return _items(
+        plan,
+        ragged,
+        q_block=seq,
+        token_block=seq * stride // plan.token_lanes,
+        seq=seq,
+        first_token=lane,
+        num_tokens=jnp.where(ragged.kv_len[:seqs] > 0, width, 0),
+        first_lane=lane,
+        first_row=first_row,
+        query_row=first_row,
+        lowest=jnp.min(ragged.q_position[: seqs * width].reshape(seqs, width), axis=1),
+    )
+
+
+# ---- prefill: an item is what a block of packed tokens shares with a sequence ------------------------------------
+
+
+def _prefill(q: jax.Array, kv: MosaicKV, ragged: Ragged, rules: dict[str, Any]) -> Phase:
+    """All other tokens in aligned blocks, so that nothing is sliced where no tile begins; items cut blocks in masks."""
+    first = ragged.num_decode_seqs * ragged.width
+    num_tokens, (_, q_heads, head_dim) = q.shape[0] - first, q.shape
+    kv_heads = kv.spec.kv_heads
+    group = q_heads // kv_heads
+    plan = _plan("prefill", q, kv, rules, ragged, q_rows=lambda tokens: tokens * group)
+    block = plan.q_rows // group  # tokens
+    padded = _round_up(num_tokens, plan.token_lanes)
+    blocks = padded // block
+    tiles = _pad(q[first:], 0, padded).reshape(blocks, block, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
+    tiles = tiles.reshape(blocks, kv_heads, block * group, head_dim)
+    items = _prefill_items(plan, ragged, padded)
+
+    def unblock(x: jax.Array) -> jax.Array:
+        """`[blocks, kv_heads, block * group, ...]` -> `[tokens, q_heads, ...]`"""
+        x = jnp.moveaxis(x.reshape(blocks, kv_heads, block, group, *x.shape[3:]), 2, 1)
+        return x.reshape(padded, q_heads, *x.shape[4:])[:num_tokens]
+
+    return Phase(plan, items, tiles, lambda x: _pad(x[first:], 0, padded), unblock)
+
+
+def _prefill_items(plan: Plan, ragged: Ragged, num_lanes: int) -> Items:
+    """Cut the packed tokens, padded to `num_lanes`, where a block or a sequence begins; some cuts coincide."""
+    first, block = ragged.num_decode_seqs * ragged.width, plan.q_rows // plan.group
+    blocks = num_lanes // block
+    starts = ragged.q_start[ragged.num_decode_seqs : -1] - first  # i32[seqs]: where sequences begin
+    points = jnp.sort(jnp.concatenate([jnp.arange(blocks, dtype=jnp.int32) * block, jnp.minimum(starts, num_lanes)]))
+    after = jnp.minimum(jnp.append(points[1:], num_lanes), ragged.q_start[-1] - first)
+    nth = jnp.sum(points[:, None] >= starts[None, :], axis=1, dtype=jnp.int32) - 1  # the last that begins there
+    seq = ragged.num_decode_seqs + jnp.maximum(nth, 0)
+    start = starts[seq - ragged.num_decode_seqs]
+    query_row = ragged.kv_len[seq] - (ragged.q_start[seq + 1] - ragged.q_start[seq])
+    used = (nth >= 0) & (ragged.kv_len[seq] > 0)
+    q_block = jnp.minimum(points // block, blocks - 1)
+    lane = q_block * block % plan.token_lanes
+    positions = _pad(ragged.q_position[first:], 0, num_lanes).reshape(blocks, block)[q_block]  # i32[items, block]
+    token = q_block[:, None] * block + jnp.arange(block)[None, :]
+    mine = (token >= points[:, None]) & (token < after[:, None])
+    return _items(
+        plan,
+        ragged,
+        q_block=q_block,
+        token_block=q_block * block // plan.token_lanes,
+        seq=seq,
+        first_token=points - q_block * block + lane,
+        num_tokens=jnp.where(used, jnp.maximum(after - points, 0), 0),
+        first_lane=lane,
+        first_row=query_row + points - start,
+        query_row=query_row,
+        lowest=jnp.min(jnp.where(mine, positions, jnp.iinfo(jnp.int32).max), axis=1),
+    )
+
+
+# ---- both --------------------------------------------------------------------------------------------------------
+
+
+def _items(plan: Plan, ragged: Ragged, *, lowest: jax.Array, **fields: jax.Array) -> Items:
+    """The work items; `lowest` is the lowest position among an item's tokens, from which a window counts back."""
+    num_tokens, first_row, seq = fields["num_tokens"], fields["first_row"], fields["seq"]
+    first_seen = jnp.zeros_like(first_row)
+    if plan.window is not None:
+        gone = lowest - plan.window  # the highest position that has slid out
+        if ragged.kv_position is None:
+            first_seen = gone + 1
+        else:
+            first_seen = jnp.sum(ragged.kv_position[seq] <= gone[:, None], axis=1, dtype=jnp.int32)
+    first_page = jnp.maximum(jnp.minimum(first_seen, first_row), 0) // plan.page_size
+    used = num_tokens > 0
+    end_page = -(-(first_row + num_tokens) // plan.page_size)
+    steps = jnp.where(used, -(-(end_page - first_page) // plan.pages_per_step), 0)
+    index = jnp.arange(len(seq), dtype=jnp.int32)
+    nearest = lax.cummin(jnp.where(used, index, len(seq)), reverse=True)  # the first used item from here on
+    following = jnp.append(nearest[1:], len(seq))
+    return Items(
+        **{name: field.astype(jnp.int32) for name, field in fields.items()},
+        first_page=first_page,
+        slot=(jnp.cumsum(steps) - steps) % kernel.SLOTS,
+        following=jnp.where(following < len(seq), following, -1).astype(jnp.int32),
+    )
+
+
+def _plan(
+    phase: str,
+    q: jax.Array,
+    kv: MosaicKV,
+    rules: dict[str, Any],
+    ragged: Ragged,
+    *,
+    q_rows: Callable[[int], int],
+    decode_lanes: int | None = None,
+) -> Plan:
+    """Block sizes for a phase: those measured for the device, or the defaults. `q_rows`: of a block of tokens."""
+    spec, device = kv.spec, devices.current()
+    if device.platform != "tpu":
+        device = devices.named("v5e")  # interpreted: the smallest
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise UnsupportedError(f"q dtype {q.dtype} is not one of bfloat16, float32, which TPUs compute in")
+    q_heads = q.shape[1]
+    blocks = {} if decode_lanes else {"tokens": _prefill_tokens(spec, q_heads, q.shape[0], device)}
+    tokens = blocks.get("tokens", ragged.width)
+    seen_rows = ragged.page_table.shape[1] * spec.page_size
+    if rules["window"] is not None:
+        seen_rows = min(seen_rows, rules["window"] + tokens)
+    default = {"pages_per_step": _pages_per_step(spec, q_heads, tokens, seen_rows, device), **blocks}
+    sizes = tuning.block_sizes(
+        "attention.mosaic_tpu",
+        device,
+        default,
+        phase=phase,
+        dtype=q.dtype.name,
+        kv_dtype=kv.dtype,
+        q_heads=q_heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        page_size=spec.page_size,
+        window=rules["window"],
+    )
+    tokens = decode_lanes or sizes["tokens"]
+    token_lanes = max(tokens, LANES)
+    if token_lanes % LANES or token_lanes % tokens or (token_lanes % spec.page_size and spec.page_size % token_lanes):
+        raise ValueError(
+            f"tokens {tokens} must divide {LANES} or be a multiple of it, and fit pages of {spec.page_size}"
+        )
+    splits = _splits(spec, device)
+    bf16 = q.dtype == jnp.bfloat16 and kv.dtype != "float32"
+    return Plan(
+        kv_heads=spec.kv_heads // splits,
+        splits=splits,
+        group=q_heads // spec.kv_heads,
+        head_dim=spec.head_dim,
+        page_size=spec.page_size,
+        kv_dtype=kv.dtype,
+        compute=jnp.bfloat16 if bf16 else jnp.float32,
+        q_rows=q_rows(tokens),
+        token_lanes=token_lanes,
+        pages_per_step=sizes["pages_per_step"],
+        vmem_bytes=_vmem_budget(device) * 3 // 2,
+        **rules,
+    )
+
+
+def _pages_per_step(spec: KVSpec, q_heads: int, tokens: int, seen_rows: int, device: Device) -> int:
+    """Pages for about 512 rows or 2 MiB, so that copies are long and the matrix unit is full; no more than are seen."""
+    page_bytes = spec.page_size * spec.token_bytes
+    pages = max(1, min(512 // spec.page_size, 2 * MIB // page_bytes, -(-seen_rows // spec.page_size)))
+    while pages > 1 and _vmem_bytes(spec, q_heads, tokens, pages) // _splits(spec, device) > _vmem_budget(device):
+        pages -= 1
+    return pages
+
+
+def _prefill_tokens(spec: KVSpec, q_heads: int, num_tokens: int, device: Device) -> int:
+    """Tokens per query block: about 512 query rows per KV head, as far as they fit; whole pages or a part of one."""
+    fits = lambda n: _vmem_bytes(spec, q_heads, n, 1) // _splits(spec, device) <= _vmem_budget(device)
+    tokens = LANES
+    while tokens < min(512 * spec.kv_heads // q_heads, num_tokens) and fits(2 * tokens):
+        tokens *= 2
+    while tokens > LEAST_TOKENS and not fits(tokens):
+        tokens //= 2
+    return tokens if tokens <= LANES or tokens % spec.page_size == 0 or spec.page_size % tokens == 0 else LANES
+
+
+def _splits(spec: KVSpec, device: Device) -> int:
+    """Cores that share the KV heads."""
+    return device.num_cores if spec.kv_heads % device.num_cores == 0 else 1
+
+
+def _vmem_budget(device: Device) -> int:
+    """What blocks are planned for; the compiler gets half as much again for what it spills."""
+    return device.fast_memory_bytes // 2
+
+
+def _vmem_bytes(spec: KVSpec, q_heads: int, tokens: int, pages: int) -> int:
+    """About what a step keeps in VMEM: page buffers, new rows, and per query row q, out, sums and scores."""
+    row_bytes = 12 * _round_up(spec.head_dim, LANES) + 8 * LANES  # bfloat16 q and out twice, f32 sum; maximum, total
+    scores_bytes = 12 * pages * spec.page_size * tokens * q_heads // spec.kv_heads
+    stored_rows = kernel.SLOTS * (pages * spec.page_size + tokens)
+    return tokens * q_heads * row_bytes + scores_bytes + stored_rows * spec.token_bytes

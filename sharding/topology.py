@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def compile_for(
     placed = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), args)
     began = time.perf_counter()
-    with targeting(device):
+    with targeting(device), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")  # no device
         program = jax.jit(functools.partial(function, **options), donate_argnums=donate).lower(*shapes).compile()
     seconds = time.perf_counter() - began
     memory, text = program.memory_analysis(), program.as_text()

@@ -238,7 +238,7 @@ def sparsify_2_4(weight: ArrayLike, dtype: DTypeLike | None = None) -> Quantized
 
 
 def quantize_rows(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """`x [rows, in]` -> int8 or fp8 of the same shape and `f32[rows]` scales: W8A8's dynamic activation quantization.
+    """`x [..., n]` -> values of the same shape (int4's in int8) and `f32[...]` scales: W8A8's activations, K/V rows.
 
     A row's largest magnitude becomes the largest value. NaN stays NaN, through the scale; a row of zeros has scale 1.
     """
@@ -246,7 +246,7 @@ def quantize_rows(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]
     wide = x.astype(jnp.float32)
     highest = jnp.max(jnp.abs(wide), axis=-1)
     scales = jnp.where(highest == 0, 1.0, highest / LARGEST[name])
-    return _rounded(jnp.nan_to_num(wide / scales[:, None]), name).astype(name), scales
+    return _rounded(jnp.nan_to_num(wide / scales[..., None]), name), scales
 
 
 def dequantize(tensor: QuantizedTensor) -> jax.Array:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import attention
-from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage
+from pallas_kernels import attention, tensors
+from pallas_kernels.attention import KVSpec, PageRows, Ragged
 from pallas_kernels.devices import Device
 
 
@@ -225,7 +225,7 @@ def _ancestors(case: Case, lengths: list[tuple[int, int]], tokens: int, rng: np.
 def _stored(values: np.ndarray, case: Case) -> PageRows:
     rows = jnp.asarray(values)
     if case.spec.quantized:
-        return PageRows(*storage.quantize(rows, case.spec.dtype))
+        return PageRows(*tensors.quantize_rows(rows, case.spec.dtype))
     return PageRows(rows.astype(case.spec.dtype))
 
 

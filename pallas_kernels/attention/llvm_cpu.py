@@ -8,39 +8,23 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import KVSpec, Ragged, llvm_rows, with_sinks, xla
-from pallas_kernels.attention.xla import copy_pages, move_rows, read_pages, write_pages
+from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write_pages
 from pallas_kernels.devices import Device
 from pallas_kernels.native import handler, jit
 
-__all__ = ["NativeKV", "allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
+__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
 
 TARGET_NAME = "jaxinfer_attention_v1"  # stands in compiled programs: a new number for every change of the contract
 DTYPES = ("bfloat16", "float32")
 TILE_ROWS = 64  # query rows (tokens times group) of a prefill tile: their state stays in L2 while pages stream past
 
 _registration = threading.Lock()
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("keys", "values", "key_scales", "value_scales"),
-    meta_fields=(),
-)
-@dataclass(frozen=True)
-class NativeKV(xla.XlaKV):
-    """K and V pages as the `xla` backend has them; never quantized."""
-
-    @property
-    def backend(self) -> str:
-        return "llvm_cpu"
 
 
 def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
@@ -64,23 +48,22 @@ def _register() -> str | None:
     return jit.unavailable() or jit.register(TARGET_NAME, handler.module(TARGET_NAME) + llvm_rows.module())
 
 
-def allocate(spec: KVSpec, num_pages: int) -> NativeKV:
-    pages = xla.allocate(spec, num_pages)
-    return NativeKV(pages.keys, pages.values)
+def allocate(spec: KVSpec, num_pages: int) -> XlaKV:
+    return xla.allocate(spec, num_pages, backend="llvm_cpu")
 
 
 def attend(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    kv: NativeKV,
+    kv: XlaKV,
     ragged: Ragged,
     *,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, jax.Array, NativeKV]:
+) -> tuple[jax.Array, jax.Array, XlaKV]:
     plain = softcap is None and ragged.ancestors is None and ragged.kv_position is None
     if not plain or q.dtype.name not in DTYPES:
         return xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)

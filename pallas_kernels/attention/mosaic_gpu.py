@@ -7,8 +7,7 @@ Sources: FlashAttention-3 (Shah et al. 2024, 2407.08608), Flash-Decoding (Dao et
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -18,10 +17,10 @@ from pallas_kernels import devices, tuning
 from pallas_kernels.attention import KVSpec, Ragged, UnsupportedError, merge, with_sinks, xla
 from pallas_kernels.attention import mosaic_gpu_kernels as kernels
 from pallas_kernels.attention.mosaic_gpu_kernels import WARPGROUP_ROWS, Plan
-from pallas_kernels.attention.xla import copy_pages, move_rows, read_pages, write_pages
+from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write_pages
 from pallas_kernels.devices import Device
 
-__all__ = ["HopperKV", "allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
+__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
 
 ARCH = "sm_90a"
 DTYPES = ("bfloat16", "float16")
@@ -34,20 +33,6 @@ DECODE_BLOCK = 64
 MOST_SLOTS = {"prefill": 4, "decode": 8}  # per stream: more would not hide more latency
 LEAST_PART_BLOCKS = 4  # K/V blocks of a part: fewer cost more in merging than they gain
 WAVES = {"prefill": 1, "decode": 2}  # work items per core that splitting aims at
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("keys", "values", "key_scales", "value_scales"),
-    meta_fields=(),
-)
-@dataclass(frozen=True)
-class HopperKV(xla.XlaKV):
-    """K and V pages as the `xla` backend has them; never quantized."""
-
-    @property
-    def backend(self) -> str:
-        return "mosaic_gpu"
 
 
 class Rules(NamedTuple):
@@ -96,23 +81,22 @@ def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     return xla.refuse(spec=spec, q_heads=q_heads, device=device)
 
 
-def allocate(spec: KVSpec, num_pages: int) -> HopperKV:
-    pages = xla.allocate(spec, num_pages)
-    return HopperKV(pages.keys, pages.values)
+def allocate(spec: KVSpec, num_pages: int) -> XlaKV:
+    return xla.allocate(spec, num_pages, backend="mosaic_gpu")
 
 
 def attend(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    kv: HopperKV,
+    kv: XlaKV,
     ragged: Ragged,
     *,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, jax.Array, HopperKV]:
+) -> tuple[jax.Array, jax.Array, XlaKV]:
     if scale <= 0:
         raise UnsupportedError(f"scale {scale} must be above 0 on mosaic_gpu; triton and xla take any")
     if ragged.ancestors is not None or ragged.kv_position is not None or q.dtype != kv.keys.dtype:
@@ -143,7 +127,7 @@ def _prefill_phase(ragged: Ragged) -> Phase:
 
 
 def _attend_phase(
-    phase: Phase, q: jax.Array, kv: HopperKV, table: jax.Array, rules: Rules, device: Device
+    phase: Phase, q: jax.Array, kv: XlaKV, table: jax.Array, rules: Rules, device: Device
 ) -> tuple[jax.Array, jax.Array]:
     """`(out [tokens, q_heads, head_dim], lse f32[tokens, q_heads])` of a phase's tokens."""
     (num_tokens, q_heads, head_dim), kv_heads = q.shape, kv.spec.kv_heads

@@ -38,7 +38,7 @@ def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     """None, or why these pages cannot be served on `device`."""
     name = jnp.dtype(spec.dtype).name
     if name not in storage.DTYPES or name == "float16":
-        return f"K/V dtype {name} is not one of bfloat16, float32, {', '.join(storage.LARGEST)}"
+        return f"K/V dtype {name} is not one of bfloat16, float32, {', '.join(storage.QUANTIZED)}"
     if spec.page_size % LANES:
         return f"page_size {spec.page_size} must be a multiple of {LANES}: tokens lie along lanes; use {LANES}"
     if spec.head_dim % HEAD_DIM_STEP or spec.head_dim > 512:

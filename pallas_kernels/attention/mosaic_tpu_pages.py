@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tensors
 from pallas_kernels.attention import KVSpec, PageRows, storage
 
 
@@ -50,7 +51,7 @@ def stored(spec: KVSpec, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """`rows [..., head_dim]` as pages hold them, `[..., rows]`, and their scales `[...]`."""
     if not spec.quantized:
         return rows.astype(spec.dtype), None
-    values, scales = storage.quantize(rows, spec.dtype)
+    values, scales = tensors.quantize_rows(rows, spec.dtype)
     return _packed(values, jnp.dtype(spec.dtype).name), scales
 
 

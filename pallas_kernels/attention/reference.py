@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, token_rows
+from pallas_kernels import tensors
+from pallas_kernels.attention import KVSpec, PageRows, Ragged, token_rows
 from pallas_kernels.devices import Device
 
 
@@ -93,7 +94,7 @@ def attend(
 def _write(kv: ReferenceKV, rows: jax.Array, page: jax.Array, offset: jax.Array) -> ReferenceKV:
     if kv.scales is None:
         return replace(kv, values=kv.values.at[page, offset].set(rows.astype(kv.values.dtype)))
-    values, scales = storage.quantize(rows, kv.dtype)
+    values, scales = tensors.quantize_rows(rows, kv.dtype)
     return replace(kv, values=kv.values.at[page, offset].set(values), scales=kv.scales.at[page, offset].set(scales))
 
 

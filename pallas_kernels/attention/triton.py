@@ -8,8 +8,6 @@ the one kernel `triton_kernels.attend`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices, triton_launch, tuning
 from pallas_kernels.attention import KVSpec, Ragged, xla
+from pallas_kernels.attention.xla import XlaKV
 from pallas_kernels.devices import Device
 from pallas_kernels.triton_launch import Launch, power_of_two
 
@@ -29,16 +28,6 @@ MOST_DECODE_ROWS = 64  # query rows of a decode tile: more of one sequence's tok
 PREFILL_VALUES = {False: 128 * 128, True: 32 * 128}  # of a prefill tile's output; True: of float32 dots
 LEAST_SPLIT_ROWS = 256  # K/V rows of a split: fewer cost more in merging than they gain
 MOST_SPLITS = 64
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values", "key_scales", "value_scales"), meta_fields=())
-@dataclass(frozen=True)
-class TritonKV(xla.XlaKV):
-    """The `xla` backend's pages."""
-
-    @property
-    def backend(self) -> str:
-        return "triton"
 
 
 class Rules(NamedTuple):
@@ -80,23 +69,22 @@ def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     return triton_launch.refuse(device)
 
 
-def allocate(spec: KVSpec, num_pages: int) -> TritonKV:
-    pages = xla.allocate(spec, num_pages)
-    return TritonKV(pages.keys, pages.values, pages.key_scales, pages.value_scales)
+def allocate(spec: KVSpec, num_pages: int) -> XlaKV:
+    return xla.allocate(spec, num_pages, backend="triton")
 
 
 def attend(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    kv: TritonKV,
+    kv: XlaKV,
     ragged: Ragged,
     *,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, jax.Array, TritonKV]:
+) -> tuple[jax.Array, jax.Array, XlaKV]:
     kv = xla.write(kv, k, v, ragged, q.shape[0])
     rules = Rules(window, softcap, sinks, scale)
     decode_tokens = ragged.num_decode_seqs * ragged.width
@@ -112,7 +100,7 @@ def attend(
     return out, lse, kv
 
 
-def _decode(q: jax.Array, kv: TritonKV, ragged: Ragged, rules: Rules, device: Device) -> tuple[jax.Array, jax.Array]:
+def _decode(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules, device: Device) -> tuple[jax.Array, jax.Array]:
     """`(out, lse)` of the decode sequences' tokens."""
     seqs, width, spec = ragged.num_decode_seqs, ragged.width, kv.spec
     group = q.shape[1] // spec.kv_heads
@@ -137,7 +125,7 @@ def _decode(q: jax.Array, kv: TritonKV, ragged: Ragged, rules: Rules, device: De
     return out, lse
 
 
-def _prefill(q: jax.Array, kv: TritonKV, ragged: Ragged, rules: Rules, device: Device) -> tuple[jax.Array, jax.Array]:
+def _prefill(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules, device: Device) -> tuple[jax.Array, jax.Array]:
     """`(out, lse)` of the tokens behind those of the decode sequences, padding included."""
     spec = kv.spec
     group = q.shape[1] // spec.kv_heads
@@ -162,9 +150,7 @@ def _prefill_items(ragged: Ragged, size: int, num_tokens: int) -> jax.Array:
     return jnp.stack([decode + tiles.owner, tiles.first, tiles.stop, queries, kv_len], axis=1)
 
 
-def _attend(
-    q: jax.Array, kv: TritonKV, ragged: Ragged, rules: Rules, work: Work, blocks: Blocks, splits: int
-) -> Launch:
+def _attend(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules, work: Work, blocks: Blocks, splits: int) -> Launch:
     """Outputs `[tokens, q_heads, head_dim]` and `[tokens, q_heads]`; f32 with a leading axis where there are splits."""
     from triton import language as tl
 

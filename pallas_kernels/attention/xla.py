@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tensors
 from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, token_rows
 from pallas_kernels.devices import Device
 from pallas_kernels.reductions import row_sums
@@ -28,16 +29,20 @@ MASKED = -1e30  # finite, so that a fully masked block changes nothing: exp(MASK
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("keys", "values", "key_scales", "value_scales"),
-    meta_fields=(),
+    meta_fields=("backend",),
 )
 @dataclass(frozen=True)
 class XlaKV:
-    """K and V pages, each `[pages, kv_heads, page_size, head_dim]`; int4 is packed into uint8 of half that width."""
+    """K and V pages, each `[pages, kv_heads, page_size, head_dim]`; int4 is packed into uint8 of half that width.
+
+    Other backends use them too and put their name on them.
+    """
 
     keys: jax.Array
     values: jax.Array
     key_scales: jax.Array | None = None  # f32[pages, kv_heads, page_size]
     value_scales: jax.Array | None = None
+    backend: str = "xla"
 
     @property
     def spec(self) -> KVSpec:
@@ -45,10 +50,6 @@ class XlaKV:
         if self.keys.dtype == jnp.uint8:
             return KVSpec(kv_heads, 2 * width, page_size, jnp.dtype("int4"))
         return KVSpec(kv_heads, width, page_size, self.keys.dtype)
-
-    @property
-    def backend(self) -> str:
-        return "xla"
 
 
 class Queries(NamedTuple):
@@ -87,29 +88,28 @@ def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     return None
 
 
-def allocate(spec: KVSpec, num_pages: int) -> XlaKV:
-    shape = (num_pages, spec.kv_heads, spec.page_size, spec.head_dim)
+def allocate(spec: KVSpec, num_pages: int, *, backend: str = "xla") -> XlaKV:
+    packed = jnp.dtype(spec.dtype).name == "int4"
+    rows = (num_pages, spec.kv_heads, spec.page_size)
+    width, dtype = (spec.head_dim // 2, jnp.uint8) if packed else (spec.head_dim, spec.dtype)
+    keys, values = (jnp.zeros((*rows, width), dtype) for _ in range(2))
     if not spec.quantized:
-        return XlaKV(*(jnp.zeros(shape, spec.dtype) for _ in range(2)))
-    if jnp.dtype(spec.dtype).name == "int4":
-        pools = [jnp.zeros((*shape[:-1], spec.head_dim // 2), jnp.uint8) for _ in range(2)]
-    else:
-        pools = [jnp.zeros(shape, spec.dtype) for _ in range(2)]
-    return XlaKV(*pools, *(jnp.zeros(shape[:-1], jnp.float32) for _ in range(2)))
+        return XlaKV(keys, values, backend=backend)
+    return XlaKV(keys, values, jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.float32), backend)
 
 
-def attend[KV: XlaKV](
+def attend(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    kv: KV,
+    kv: XlaKV,
     ragged: Ragged,
     *,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, jax.Array, KV]:
+) -> tuple[jax.Array, jax.Array, XlaKV]:
     num_tokens = q.shape[0]
     kv = write(kv, k, v, ragged, num_tokens)
     rules = Rules(window, softcap, scale)
@@ -131,7 +131,7 @@ def attend[KV: XlaKV](
     return out.astype(q.dtype), lse, kv
 
 
-def write[KV: XlaKV](kv: KV, k: jax.Array | None, v: jax.Array | None, ragged: Ragged, num_tokens: int) -> KV:
+def write(kv: XlaKV, k: jax.Array | None, v: jax.Array | None, ragged: Ragged, num_tokens: int) -> XlaKV:
     """The pages with the new rows in them, of the same type; unchanged where another layer wrote them."""
     if k is None or v is None:
         return kv
@@ -144,7 +144,7 @@ def _stored(spec: KVSpec, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]
     """`rows [..., head_dim]` as the pools hold them, and their scales `[...]`."""
     if not spec.quantized:
         return rows.astype(spec.dtype), None
-    values, scales = storage.quantize(rows, spec.dtype)
+    values, scales = tensors.quantize_rows(rows, spec.dtype)
     return _packed(spec, values), scales
 
 
@@ -152,7 +152,7 @@ def _packed(spec: KVSpec, values: jax.Array) -> jax.Array:
     return storage.pack_int4(values) if jnp.dtype(spec.dtype).name == "int4" else values.astype(spec.dtype)
 
 
-def _each[KV: XlaKV](kv: KV, change: Any, *new: Any) -> KV:
+def _each(kv: XlaKV, change: Any, *new: Any) -> XlaKV:
     """`change(pool)` for all pools; or with `new` = (of K and V, of their scales): `change(pool, new)`."""
     pools = ("keys", "values", "key_scales", "value_scales")
     rows = [(x,) for pair in new for x in pair] if new else [()] * 4
@@ -340,15 +340,15 @@ def read_pages(kv: XlaKV, pages: jax.Array) -> PageRows:
     return PageRows(values, jnp.stack([kv.key_scales[pages], kv.value_scales[pages]], axis=1).transpose(0, 3, 1, 2))
 
 
-def write_pages[KV: XlaKV](kv: KV, pages: jax.Array, rows: PageRows) -> KV:
+def write_pages(kv: XlaKV, pages: jax.Array, rows: PageRows) -> XlaKV:
     values = [_packed(kv.spec, rows.values[:, :, i].swapaxes(1, 2)) for i in (0, 1)]
     scales = [None if rows.scales is None else rows.scales[:, :, i].swapaxes(1, 2) for i in (0, 1)]
     return _each(kv, lambda pool, new: pool.at[pages].set(new), values, scales)
 
 
-def copy_pages[KV: XlaKV](kv: KV, source: jax.Array, target: jax.Array) -> KV:
+def copy_pages(kv: XlaKV, source: jax.Array, target: jax.Array) -> XlaKV:
     return _each(kv, lambda pool: pool.at[target].set(pool[source]))
 
 
-def move_rows[KV: XlaKV](kv: KV, source: Any, target: Any) -> KV:
+def move_rows(kv: XlaKV, source: Any, target: Any) -> XlaKV:
     return _each(kv, lambda pool: pool.at[target[0], :, target[1]].set(pool[source[0], :, source[1]]))

@@ -225,7 +225,7 @@ def test_unused_pages_may_hold_nan(model_dir: Path, expected: dict) -> None:
     assert all(tokens_of(got[key]) == tokens_of(events) for key, events in expected.items())
 
 
-@pytest.mark.parametrize("kv_dtype", storage.LARGEST)
+@pytest.mark.parametrize("kv_dtype", storage.QUANTIZED)
 def test_quantized_pages_hold_more_tokens_and_change_little(model_dir: Path, kv_dtype: str, expected: dict) -> None:
     """The page pool is a budget of bytes; a request's tokens do not depend on how it was chunked."""
     config = replace(BASE, kv_dtype=kv_dtype, kv_memory_bytes=SMALL_POOL)

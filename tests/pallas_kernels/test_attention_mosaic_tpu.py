@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import attention, devices, tuning
-from pallas_kernels.attention import KVSpec, PageRows, Ragged, UnsupportedError, storage
+from pallas_kernels import attention, devices, tensors, tuning
+from pallas_kernels.attention import KVSpec, PageRows, Ragged, UnsupportedError
 from pallas_kernels.attention.cases import CASES, Case, build, check, run
 from pallas_kernels.devices import MIB
 from pallas_kernels.dispatch import BackendError
@@ -127,7 +127,7 @@ test_any_mix = pytest.mark.slow(settings(max_examples=25)(given(**MIXES)(_any_mi
 def test_pages_move_as_the_oracle_moves_them(kv_dtype: str) -> None:
     spec = KVSpec(kv_heads=2, head_dim=48, page_size=128, dtype=jnp.dtype(kv_dtype))
     values = jnp.asarray(np.random.default_rng(0).standard_normal((6, 128, 2, 2, 48)), jnp.float32)
-    rows = PageRows(*storage.quantize(values, kv_dtype)) if spec.quantized else PageRows(values.astype(spec.dtype))
+    rows = PageRows(*tensors.quantize_rows(values, kv_dtype)) if spec.quantized else PageRows(values.astype(spec.dtype))
     source, target = (jnp.array([1, 2, 2]), jnp.array([5, 0, 127])), (jnp.array([2, 1, 4]), jnp.array([0, 5, 5]))
     seen = []
     for backend in ("reference", "mosaic_tpu"):

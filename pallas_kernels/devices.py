@@ -44,7 +44,7 @@ def _table(*devices: Device) -> dict[str, Device]:
 
 DEVICES = _table(
     Device("v5e", "tpu", "TPU v5 lite", "v5e:2x2", 128 * MIB, 1, 16 * GIB, 819, 197, 393),
-    Device("v5p", "tpu", "TPU v5", "v5p:2x2x1", 128 * MIB, 2, 95 * GIB, 2765, 459, 918),
+    Device("v5p", "tpu", "TPU v5", "v5p:2x2x1", 64 * MIB, 2, 95 * GIB, 2765, 459, 918),
     Device("v6e", "tpu", "TPU v6 lite", "v6e:2x2", 128 * MIB, 1, 32 * GIB, 1640, 918, 1836),
     Device("tpu7x", "tpu", "TPU7x", "tpu7x:2x2x1", 64 * MIB, 1, 96 * GIB, 3690, 1153, 0),
     Device("a100", "cuda", "NVIDIA A100", "sm_80", 163 * 1024, 108, 80 * GIB, 2039, 312, 624),
@@ -70,20 +70,25 @@ def current() -> Device:
     if abstract is not None:
         return of_kind(abstract.device_kind, abstract.platform or "")
     device = jax.devices()[0]
-    return of_kind(device.device_kind, device.platform)
+    return of_kind(device.device_kind, device.platform, getattr(device, "compute_capability", None))
 
 
-def of_kind(kind: str, platform: str) -> Device:
-    """The device of jax's `device_kind`; one that no table names gets the figures of its platform's smallest."""
+def of_kind(kind: str, platform: str, capability: str | None = None) -> Device:
+    """The device of jax's `device_kind`; one that no table names gets the figures of its platform's smallest.
+
+    `capability`: an NVIDIA GPU's own, such as "9.0"; what is compiled for another does not load.
+    """
     if platform == "cpu" or kind == "cpu":
         return DEVICES["cpu"]
     matches = [device for device in DEVICES.values() if kind.startswith(device.kind)]
     if matches:
         return max(matches, key=lambda device: len(device.kind))
     if platform == "tpu" or kind.startswith("TPU"):
-        like = DEVICES["v5e"]
+        like = replace(DEVICES["v5e"], fast_memory_bytes=16 * MIB)  # as TPUs before it have
     elif kind.startswith(("AMD", "gfx")):
         like = DEVICES["mi300x"]
     else:  # the oldest architecture kernels are made for, with the shared memory that all since have
-        like = replace(DEVICES["a100"], fast_memory_bytes=DEVICES["l4"].fast_memory_bytes)
+        arch = "sm_80" if capability is None else f"sm_{capability.replace('.', '')}"
+        arch += "a" if arch in ("sm_90", "sm_100") else ""
+        like = replace(DEVICES["a100"], arch=arch, fast_memory_bytes=DEVICES["l4"].fast_memory_bytes)
     return replace(like, name=kind.lower().replace(" ", "-"), kind=kind)

@@ -215,6 +215,8 @@ def main() -> int:
     parser.add_argument("--backend", choices=[table.backend for table in TABLES], action="append", help="these tables")
     parser.add_argument("--print", action="store_true", help="print the tables; leave the page as it is")
     args = parser.parse_args()
+    if args.only and not args.print:
+        parser.error(f"--only {args.only} needs --print: the page holds whole tables")
     say = lambda text: print(text, file=sys.stderr, flush=True)
     failed, page = 0, replaced(PAGE.read_text(), "roofline", roofline())
     for table in TABLES:

@@ -23,8 +23,9 @@ if importlib.util.find_spec("pallas_kernels") is None:  # not installed: run fro
     sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels import attention, devices, matmul, tuning  # noqa: E402
+from pallas_kernels import attention, devices, grouped_matmul, matmul, tuning  # noqa: E402
 from pallas_kernels.devices import Device  # noqa: E402
 from pallas_kernels.timing import compare  # noqa: E402
 from pallas_kernels.workloads import AttentionWork, Call, MatmulWork  # noqa: E402
@@ -33,6 +34,7 @@ from sharding import topology  # noqa: E402
 LEAST_GAIN = 0.02  # of the time: less is noise
 HEADS = ((32, 8, 128), (32, 32, 128), (32, 8, 64), (16, 8, 256), (64, 8, 128))  # query heads, KV heads, head_dim
 SIZES = ((4096, 14336), (14336, 4096), (4096, 6144), (8192, 28672))  # inputs, outputs
+EXPERT_SIZES, NUM_EXPERTS = ((2048, 768), (768, 2048)), 32
 FORMATS = ("int4/g128", "int8", "fp8", "w8a8-int8")
 ROWS = (1, 16, 64, 512)
 
@@ -47,17 +49,24 @@ def works(device: Device) -> Iterator[tuple[str, AttentionWork | MatmulWork]]:
         for kv_dtype in ("bfloat16", "int8"):
             shape: dict[str, Any] = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
             shape |= {"kv_dtype": kv_dtype, "page_size": page_size}
-            yield "attention", AttentionWork("decode", **shape)
+            yield "attention", AttentionWork("decode", **shape, seqs=32, rows=4096)  # three candidates fit any device
             yield "attention", AttentionWork("prefill", **shape, seqs=1, rows=4096)
     for in_size, out_size in SIZES:
         for format in FORMATS:
             for rows in ROWS:
                 yield "matmul", MatmulWork(format, rows, in_size, out_size)
+    for in_size, out_size in EXPERT_SIZES:
+        for format in ("dense", *FORMATS):
+            for rows in ROWS[1:]:
+                yield "grouped_matmul", MatmulWork(format, rows, in_size, out_size, NUM_EXPERTS)
 
 
 def search(default: Blocks, measure: Measure) -> tuple[Blocks, float]:
     """The fastest block sizes found from `default`, one coordinate after the other, and their seconds."""
-    best, best_s = dict(default), measure({"best": default})["best"]
+    first = measure({"best": default})
+    if not first:
+        raise RuntimeError(f"the default {dict(default)} does not run")
+    best, best_s = dict(default), first["best"]
     improved = True
     while improved:
         improved = False
@@ -76,15 +85,20 @@ def search(default: Blocks, measure: Measure) -> tuple[Blocks, float]:
 
 
 def measure_on_device(make: Callable[[], Call], kernel: str, rounds: int) -> Measure:
-    """Times a call with block sizes forced while it is traced, all candidates in turns."""
+    """Times a call with block sizes forced while it is traced, all candidates in turns.
+
+    A candidate whose result is not the first one's (the default's) is passed over, as is one that does not run.
+    """
+    expected: list[jax.Array] = []
 
     def measure(candidates: Mapping[str, Blocks]) -> dict[str, float]:
         programs = {}
         for name, blocks in candidates.items():
             with tuning.forced(kernel, blocks):
-                program = make().program()
                 try:
-                    jax.block_until_ready(program())
+                    program = make().program()
+                    result = jax.tree.leaves(program())[0]
+                    expected.append(result) if not expected else check_agrees(result, expected[0])
                 except Exception as error:  # too much shared memory or VMEM, or a shape the compiler does not take
                     print(f"  {blocks}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
                     continue
@@ -94,10 +108,17 @@ def measure_on_device(make: Callable[[], Call], kernel: str, rounds: int) -> Mea
     return measure
 
 
-def tune(device: Device, only: set[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Entries of a table, per kernel."""
-    ops = {"attention": attention.OP, "matmul": matmul.OP}
-    entries: dict[str, list[dict[str, Any]]] = {}
+def check_agrees(result: jax.Array, expected: jax.Array) -> None:
+    """Raises ValueError where a result is further from the expected one than bfloat16's rounding explains."""
+    difference = jnp.max(jnp.abs(result.astype(jnp.float32) - expected.astype(jnp.float32)))
+    limit = 0.02 * jnp.max(jnp.abs(expected.astype(jnp.float32)))
+    if not difference <= limit:
+        raise ValueError(f"its result differs by {difference:.3g}, more than {limit:.3g}")
+
+
+def tune(device: Device, only: set[str], rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kernel, entry of its table) as they are found; a kernel whose default does not run is told and passed over."""
+    ops = {op.name: op for op in (attention.OP, matmul.OP, grouped_matmul.OP)}
     for op, work in works(device):
         for backend in ops[op].backends:
             kernel = f"{op}.{backend}"
@@ -108,16 +129,15 @@ def tune(device: Device, only: set[str], rounds: int) -> dict[str, list[dict[str
                 return work.call(backend, device, filled=True)
 
             for question in questions(work, backend, device, kernel):
-                blocks, seconds = search(question.default, measure_on_device(make, kernel, rounds))
-                print(f"{kernel} {question.key}: {blocks}, {seconds * 1e6:.0f} us", file=sys.stderr)
-                entry = {
-                    "key": question.key,
-                    "blocks": blocks,
-                    "default": question.default,
-                    "microseconds": seconds * 1e6,
-                }
-                entries.setdefault(kernel, []).append(entry)
-    return entries
+                try:
+                    blocks, seconds = search(question.default, measure_on_device(make, kernel, rounds))
+                except RuntimeError as error:
+                    print(f"{kernel} {question.key}: {error}", file=sys.stderr)
+                    continue
+                microseconds = round(seconds * 1e6, 2)
+                print(f"{kernel} {question.key}: {blocks}, {microseconds} us", file=sys.stderr)
+                found = {"key": question.key, "blocks": blocks, "default": question.default}
+                yield kernel, found | {"microseconds": microseconds}
 
 
 def questions(work: AttentionWork | MatmulWork, backend: str, device: Device, kernel: str) -> list[tuning.Question]:
@@ -132,13 +152,12 @@ def questions(work: AttentionWork | MatmulWork, backend: str, device: Device, ke
     return [question for question in asked if question.kernel == kernel]
 
 
-def merged(old: dict[str, Any], new: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The old table's entries, those measured again replaced."""
-    kernels = dict(old.get("kernels", {}))
-    for kernel, entries in new.items():
-        fresh = [entry["key"] for entry in entries]
-        kernels[kernel] = [entry for entry in kernels.get(kernel, []) if entry["key"] not in fresh] + entries
-    return kernels
+def merged(
+    kernels: Mapping[str, list[dict[str, Any]]], kernel: str, entry: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """A table's kernels with one more entry, in place of one with the same key."""
+    others = [old for old in kernels.get(kernel, []) if old["key"] != entry["key"]]
+    return {**kernels, kernel: [*others, entry]}
 
 
 def main() -> int:
@@ -153,12 +172,17 @@ def main() -> int:
     if device.platform == "cpu":
         parser.error("no accelerator here: the CPU's kernels have no block sizes to tune")
     out = args.out or ROOT / "pallas_kernels" / "tuning" / f"{device.name}.json"
-    old = json.loads(out.read_text()) if out.exists() else {}
-    kernels = merged(old, tune(device, set(args.only), args.rounds))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    table = {"device_kind": jax.devices()[0].device_kind, "versions": versions, "kernels": kernels}
+    head = {"device_kind": jax.devices()[0].device_kind, "versions": versions}
+    kernels = json.loads(out.read_text())["kernels"] if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(table, indent=1) + "\n")
+    found = False
+    for kernel, entry in tune(device, set(args.only), args.rounds):
+        kernels, found = merged(kernels, kernel, entry), True
+        out.write_text(json.dumps({**head, "kernels": kernels}, indent=1) + "\n")  # what is found is kept
+    if not found:
+        print("nothing was tuned: no kernel of this device runs at these shapes", file=sys.stderr)
+        return 1
     print(f"wrote {out}", file=sys.stderr)
     return 0
 

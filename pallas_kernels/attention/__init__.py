@@ -154,6 +154,8 @@ def attend(
     """
     _check(q, k, v, kv, ragged)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if q.shape[0] == 0:
+        return q, jnp.zeros(q.shape[:2], jnp.float32), kv
     return OP.load(kv.backend).attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
 
 

@@ -85,7 +85,7 @@ CASES: dict[str, Case] = {
     "decode-bf16": Case(decode=_DECODE, dtype="bfloat16"),
     "decode-bf16-head-128": Case(decode=_DECODE, head_dim=128, dtype="bfloat16"),
     "decode-gaps": Case(decode=(40, 200), gaps=True),
-    "decode-gaps-window": Case(decode=(40, 200), gaps=True, window=30),
+    "decode-gaps-window": Case(decode=(40, 200, 140), gaps=True, window=30),
     "decode-tree": Case(decode=(40, 200, 0), width=5, tree=True),
     "decode-tree-window": Case(decode=(40, 200), width=5, tree=True, window=8),
     "decode-shared": Case(decode=(40, 200, 0), shared=True),
@@ -168,6 +168,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
     for s, (before, queries) in enumerate(lengths):
         count = queries or (case.width if s < len(case.decode) else 0)
         positions += [int(kv_position[s, before + i]) if queries else 0 for i in range(count)]
+    kv_position[np.arange(num_rows) >= kv_len[:, None]] = 0  # what callers leave where there is no row
     tokens = len(positions) + case.padding
     first_prefill = len(case.decode) * case.width
     q_start = [*range(0, first_prefill, case.width), *(first_prefill + np.cumsum([0, *(n for _, n in case.prefill)]))]

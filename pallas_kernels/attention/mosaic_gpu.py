@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices, tuning
-from pallas_kernels.attention import KVSpec, Ragged, UnsupportedError, merge, with_sinks, xla
+from pallas_kernels.attention import KVSpec, Ragged, merge, with_sinks, xla
 from pallas_kernels.attention import mosaic_gpu_kernels as kernels
 from pallas_kernels.attention.mosaic_gpu_kernels import WARPGROUP_ROWS, Plan
 from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write_pages
@@ -97,9 +97,8 @@ def attend(
     sinks: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, XlaKV]:
-    if scale <= 0:
-        raise UnsupportedError(f"scale {scale} must be above 0 on mosaic_gpu; triton and xla take any")
-    if ragged.ancestors is not None or ragged.kv_position is not None or q.dtype != kv.keys.dtype:
+    plain = ragged.ancestors is None and ragged.kv_position is None and q.dtype == kv.keys.dtype
+    if not plain or scale <= 0:  # a maximum of scaled scores is the scaled maximum only above 0
         return xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
     kv = xla.write(kv, k, v, ragged, q.shape[0])
     device, rules = devices.current(), Rules(window, softcap, scale)

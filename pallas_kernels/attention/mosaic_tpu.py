@@ -76,7 +76,7 @@ def attend(
     sinks: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, MosaicKV]:
-    rules = {"window": window, "softcap": softcap, "scale": scale}
+    rules = {"window": window, "softcap": softcap, "scale": scale, "writes": k is not None}
     phases = [_decode] if ragged.num_decode_seqs else []
     if ragged.kv_len.shape[0] > ragged.num_decode_seqs and q.shape[0] > ragged.num_decode_seqs * ragged.width:
         phases.append(_prefill)
@@ -178,6 +178,7 @@ def _decode_items(plan: Plan, ragged: Ragged, stride: int) -> Items:
     seq = jnp.arange(seqs, dtype=jnp.int32)
     lane = seq * stride % plan.token_lanes
     first_row = ragged.kv_len[:seqs] - width
+    positions = ragged.q_position[: seqs * width].reshape(seqs, width)
     return _items(
         plan,
         ragged,
@@ -189,7 +190,8 @@ def _decode_items(plan: Plan, ragged: Ragged, stride: int) -> Items:
         first_lane=lane,
         first_row=first_row,
         query_row=first_row,
-        lowest=jnp.min(ragged.q_position[: seqs * width].reshape(seqs, width), axis=1),
+        lowest=jnp.min(positions, axis=1),
+        highest=jnp.max(positions, axis=1),
     )
 
 
@@ -247,31 +249,40 @@ def _prefill_items(plan: Plan, ragged: Ragged, num_lanes: int) -> Items:
         first_row=query_row + points - start,
         query_row=query_row,
         lowest=jnp.min(jnp.where(mine, positions, jnp.iinfo(jnp.int32).max), axis=1),
+        highest=jnp.max(jnp.where(mine, positions, -1), axis=1),
     )
 
 
 # ---- both --------------------------------------------------------------------------------------------------------
 
 
-def _items(plan: Plan, ragged: Ragged, *, lowest: jax.Array, **fields: jax.Array) -> Items:
-    """The work items; `lowest` is the lowest position among an item's tokens, from which a window counts back."""
-    num_tokens, first_row, seq = fields["num_tokens"], fields["first_row"], fields["seq"]
+def _items(plan: Plan, ragged: Ragged, *, lowest: jax.Array, highest: jax.Array, **fields: jax.Array) -> Items:
+    """The work items. `lowest`, `highest`: the positions, among an item's tokens, that bound the rows they see."""
+    num_tokens, first_row, seq = fields.pop("num_tokens"), fields["first_row"], fields["seq"]
+    kv_len = ragged.kv_len[seq]
     first_seen = jnp.zeros_like(first_row)
     if plan.window is not None:
         gone = lowest - plan.window  # the highest position that has slid out
         if ragged.kv_position is None:
             first_seen = gone + 1
         else:
-            first_seen = jnp.sum(ragged.kv_position[seq] <= gone[:, None], axis=1, dtype=jnp.int32)
+            in_use = jnp.arange(ragged.kv_position.shape[1]) < kv_len[:, None]
+            first_seen = jnp.sum(in_use & (ragged.kv_position[seq] <= gone[:, None]), axis=1, dtype=jnp.int32)
+    if plan.writes:  # later rows of the call are not there yet
+        end_row = first_row + num_tokens
+    else:
+        end_row = kv_len if ragged.kv_position is not None else jnp.minimum(kv_len, highest + 1)
     first_page = jnp.maximum(jnp.minimum(first_seen, first_row), 0) // plan.page_size
-    used = num_tokens > 0
-    end_page = -(-(first_row + num_tokens) // plan.page_size)
-    steps = jnp.where(used, -(-(end_page - first_page) // plan.pages_per_step), 0)
+    pages = -(-end_row // plan.page_size) - first_page
+    used = (num_tokens > 0) & (pages > 0)  # tokens before row 0 see nothing
+    steps = jnp.where(used, -(-pages // plan.pages_per_step), 0)
     index = jnp.arange(len(seq), dtype=jnp.int32)
     nearest = lax.cummin(jnp.where(used, index, len(seq)), reverse=True)  # the first used item from here on
     following = jnp.append(nearest[1:], len(seq))
     return Items(
         **{name: field.astype(jnp.int32) for name, field in fields.items()},
+        num_tokens=jnp.where(used, num_tokens, 0).astype(jnp.int32),
+        end_row=end_row.astype(jnp.int32),
         first_page=first_page,
         slot=(jnp.cumsum(steps) - steps) % kernel.SLOTS,
         following=jnp.where(following < len(seq), following, -1).astype(jnp.int32),

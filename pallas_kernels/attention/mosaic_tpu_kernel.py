@@ -41,6 +41,7 @@ class Plan:
     window: int | None
     softcap: float | None
     scale: float
+    writes: bool  # whether the call brings new rows
     vmem_bytes: int
 
     @property
@@ -63,6 +64,7 @@ class Items(NamedTuple):
     num_tokens: Any
     first_lane: Any  # lane of the token that row 0 of the query block stands for
     first_row: Any  # the first token's row in its sequence; the others follow
+    end_row: Any  # one past the last row that any token sees; where rows are written, past the last token's own
     first_page: Any  # first column of the page table that any token sees
     query_row: Any  # the sequence's first query token's row: bit 0 of `ancestors`
     slot: Any  # buffer of the first step
@@ -119,20 +121,15 @@ class Work:
     item: Any  # i32
 
     @property
-    def writes(self) -> bool:
-        return self.inputs.new is not None
-
-    @property
     def first_row(self) -> Any:
         return self.items.first_row[self.item]
 
     @property
     def end_row(self) -> Any:
-        """One past the last row the item's tokens may see; later rows are not written yet."""
-        return self.first_row + self.items.num_tokens[self.item]
+        return self.items.end_row[self.item]
 
     def end_page(self, item: Any) -> Any:
-        return pl.cdiv(self.items.first_row[item] + self.items.num_tokens[item], self.plan.page_size)
+        return pl.cdiv(self.items.end_row[item], self.plan.page_size)
 
     @property
     def num_steps(self) -> Any:
@@ -142,7 +139,7 @@ class Work:
 
     def pools(self) -> Iterator[tuple[Any, Any]]:
         """(HBM, VMEM) of the values and, where pages are quantized, of the scales."""
-        source = self.outputs if self.writes else self.inputs
+        source = self.outputs if self.plan.writes else self.inputs
         yield source.pool, self.scratch.pages
         if source.scales is not None:
             yield source.scales, self.scratch.scales
@@ -225,7 +222,7 @@ def _step(work: Work, step: Any) -> None:
     pl.when(jnp.logical_not(is_last))(lambda: _fetch(work, step + 1))
     following = jnp.maximum(items.following[work.item], 0)
     reads_what_is_written = jnp.bool_(False)
-    if work.writes:  # the following block of the same sequence may begin with a page that is still being written
+    if work.plan.writes:  # the following block of the same sequence may begin with a page that is still being written
         same = items.seq[following] == items.seq[work.item]
         reads_what_is_written = same & (
             items.first_page[following] + plan.pages_per_step > work.first_row // plan.page_size
@@ -233,10 +230,10 @@ def _step(work: Work, step: Any) -> None:
     _fetch_following(work, is_last & jnp.logical_not(reads_what_is_written))
     _copies(work, work.item, step, work.inputs.table, lambda copy: copy.wait())
     _complete(work, step, slot)
-    if work.writes:
+    if work.plan.writes:
         _write_back(work, step, slot, lambda copy: copy.start())
     _attend(work, step, slot)
-    if work.writes:
+    if work.plan.writes:
         _write_back(work, step, slot, lambda copy: copy.wait())
         _fetch_following(work, is_last & reads_what_is_written)
 
@@ -249,7 +246,7 @@ def _complete(work: Work, step: Any, slot: Any) -> None:
     """
     plan = work.plan
     first = work.items.first_page[work.item] + step * plan.pages_per_step
-    changed_from = (work.first_row if work.writes else work.end_row) // plan.page_size
+    changed_from = (work.first_row if work.plan.writes else work.end_row) // plan.page_size
     copied = jnp.minimum(plan.pages_per_step, work.end_page(work.item) - first)
 
     def complete(n: Any, _: None) -> None:
@@ -303,7 +300,8 @@ def _write_back(work: Work, step: Any, slot: Any, act: Callable[[Any], None]) ->
 def _attend(work: Work, step: Any, slot: Any) -> None:
     """One step of the online softmax, head by head."""
     plan, scratch = work.plan, work.scratch
-    visible = _visible(work, step)
+    mine = _mine(work)
+    visible = mine & _visible(work, step)
 
     def side_by_side(buffer: Any, h: Any) -> jax.Array:
         return jnp.concatenate([buffer[slot, place, h] for place in range(plan.pages_per_step)], axis=1)
@@ -324,7 +322,9 @@ def _attend(work: Work, step: Any, slot: Any) -> None:
         total = scratch.total[h][:, :1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         if scales is not None:
             weights *= scales[1:2]
-        scratch.weighted[h] = scratch.weighted[h] * shrink + _dot(weights.astype(plan.compute), values, 1, plan)
+        gained = _dot(weights.astype(plan.compute), values, 1, plan)
+        gained = jnp.where(mine, gained, 0.0)  # 0 * NaN of this sequence must not enter the block's other sequences
+        scratch.weighted[h] = scratch.weighted[h] * shrink + gained
         scratch.highest[h] = jnp.broadcast_to(highest, scratch.highest.shape[1:])
         scratch.total[h] = jnp.broadcast_to(total, scratch.total.shape[1:])
 
@@ -337,15 +337,20 @@ def _dot(x: jax.Array, y: jax.Array, contracted: int, plan: Plan) -> jax.Array:
     return lax.dot_general(x, y, dimensions, precision=plan.precision, preferred_element_type=jnp.float32)
 
 
+def _mine(work: Work) -> jax.Array:
+    """bool[q_rows, 1]: which query rows stand for tokens of the item."""
+    token = _token_lane(work, (work.plan.q_rows, 1)) - work.items.first_token[work.item]
+    return (token >= 0) & (token < work.items.num_tokens[work.item])
+
+
 def _visible(work: Work, step: Any) -> jax.Array:
-    """bool[q_rows, step_rows]: which rows of the step each query row sees."""
+    """bool[q_rows, step_rows]: which rows of the step each query row of the item sees."""
     plan, items, item = work.plan, work.items, work.item
     column = items.first_page[item] + step * plan.pages_per_step
     row = column * plan.page_size + lax.broadcasted_iota(jnp.int32, (1, plan.step_rows), 1)
     position = row if work.inputs.positions is None else _positions(work, column)
     query = work.scratch.columns[0][:, :1]  # [q_rows, 1]
-    token = _token_lane(work, (plan.q_rows, 1)) - items.first_token[item]
-    visible = (position <= query) & (row < work.end_row) & (token >= 0) & (token < items.num_tokens[item])
+    visible = (position <= query) & (row < work.end_row)
     if plan.window is not None:
         visible &= position > query - plan.window
     node = row - items.query_row[item]
@@ -377,7 +382,7 @@ def _finish(work: Work) -> None:
 
     def head(h: Any, _: None) -> None:
         highest, total, weighted = scratch.highest[h], scratch.total[h], scratch.weighted[h]
-        used = total > 0  # [q_rows, LANES]
+        used = total != 0  # [q_rows, LANES]; NaN counts: it must be seen
         if work.inputs.sinks is not None:
             sink = _sink_column(work, h)
             above = jnp.maximum(highest, sink)
@@ -419,15 +424,14 @@ def call(items: Items, inputs: Inputs, *, plan: Plan) -> tuple[jax.Array, jax.Ar
     """
     blocks, kv_heads, _, _ = inputs.q.shape
     lines = pl.cdiv(plan.q_rows, LANES)
-    writes = inputs.new is not None
     pool = pl.BlockSpec(memory_space=pl.ANY)
     q_block = pl.BlockSpec((None, plan.kv_heads, *inputs.q.shape[2:]), lambda c, i, items: (items.q_block[i], c, 0, 0))
     lse_block = pl.BlockSpec((None, plan.kv_heads, lines, LANES), lambda c, i, items: (items.q_block[i], c, 0, 0))
     out_shape = Outputs(
         out=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
         lse=jax.ShapeDtypeStruct((blocks, kv_heads, lines, LANES), jnp.float32),
-        pool=_shape_of(inputs.pool) if writes else None,
-        scales=_shape_of(inputs.scales) if writes else None,
+        pool=_shape_of(inputs.pool) if plan.writes else None,
+        scales=_shape_of(inputs.scales) if plan.writes else None,
     )
     out_specs = Outputs(q_block, lse_block, *(None if x is None else pool for x in (out_shape.pool, out_shape.scales)))
     num_before = len(jax.tree.leaves((items, inputs._replace(pool=None, scales=None))))
@@ -442,13 +446,13 @@ def call(items: Items, inputs: Inputs, *, plan: Plan) -> tuple[jax.Array, jax.Ar
             out_specs=[out_specs],
             scratch_shapes=[_scratch(inputs, plan)],
         ),
-        input_output_aliases={num_before + n: 2 + n for n in range(num_pools)} if writes else {},
+        input_output_aliases={num_before + n: 2 + n for n in range(num_pools)} if plan.writes else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_bytes
         ),
         name=f"paged_attention_{plan.kv_dtype}",
     )(items, inputs)
-    after = out if writes else inputs
+    after = out if plan.writes else inputs
     return out.out, out.lse.reshape(blocks, kv_heads, lines * LANES), after.pool, after.scales
 
 

@@ -206,7 +206,7 @@ def _prefill(q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, rules: R
         tile = lax.dynamic_slice_in_dim(q_padded, start, size).reshape(size, kv_heads, group, head_dim)
         queries = Queries(
             tile.transpose(1, 0, 2, 3).reshape(1, kv_heads, size * group, head_dim),
-            # rows past the end repeat the last position, so that they cost no further blocks
+            # rows past the end see nothing, so that they cost no further blocks
             lax.dynamic_slice_in_dim(jnp.where(jnp.arange(position.shape[0]) < end, position, -1), start, size)[None],
             None if words is None else lax.dynamic_slice_in_dim(words, start, size)[None],
             (ragged.kv_len[s] - (end - ragged.q_start[s]))[None],

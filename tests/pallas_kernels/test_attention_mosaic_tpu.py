@@ -20,7 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention, devices, tensors, tuning
 from pallas_kernels.attention import KVSpec, PageRows, Ragged, UnsupportedError
-from pallas_kernels.attention.cases import CASES, Case, build, check, run
+from pallas_kernels.attention.cases import CASES, TOLERANCE, Case, Inputs, build, check, run
+from pallas_kernels.attention.flash import flash_attention
 from pallas_kernels.devices import MIB
 from pallas_kernels.dispatch import BackendError
 from sharding import topology
@@ -118,6 +119,57 @@ MIXES = {
 }
 test_some_mix = settings(max_examples=2)(given(**MIXES)(_any_mix))
 test_any_mix = pytest.mark.slow(settings(max_examples=25)(given(**MIXES)(_any_mix)))
+
+
+def on_both(case: Case, inputs: Inputs) -> tuple[Any, Any]:
+    """What the kernel and the reference make of these inputs."""
+    with interpreted():
+        outcome = run("mosaic_tpu", case, inputs, device=V6E)
+    return outcome, run("reference", case, inputs)
+
+
+def test_nan_stays_in_its_sequence() -> None:
+    case = Case(prefill=((0, 20), (0, 20)), page_size=128)  # in one query block
+    inputs = build(case)
+    assert inputs.v is not None
+    outcome, expected = on_both(case, replace(inputs, v=inputs.v.at[3].set(jnp.nan)))
+    assert np.isnan(expected.out[3:20]).all()
+    assert np.isnan(outcome.out[3:20]).all()
+    np.testing.assert_allclose(outcome.out[20:], expected.out[20:], atol=TOLERANCE["float32"])
+
+
+def test_nan_queries_give_nan() -> None:
+    case = Case(decode=(5, 9), page_size=128)
+    inputs = build(case)
+    outcome, expected = on_both(case, replace(inputs, q=inputs.q.at[0].set(jnp.nan)))
+    assert np.isnan(expected.lse[0]).all()
+    np.testing.assert_allclose(outcome.lse, expected.lse, atol=TOLERANCE["float32"])
+    np.testing.assert_allclose(outcome.out, expected.out, atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    ("causal", "lengths"),
+    [
+        (False, None),  # a query sees rows after its own, also where a block boundary cuts its sequence
+        (True, None),
+        (True, (100, 20, 100)),  # more queries than rows: a part of a sequence, before a used one, sees nothing
+    ],
+)
+def test_dense_attention(causal: bool, lengths: tuple[int, ...] | None) -> None:
+    batch = 2 if lengths is None else len(lengths)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((batch, 100, heads, 16)), jnp.float32) for heads in (8, 1, 1))
+    attend = partial(
+        flash_attention, q, k, v, causal=causal, lengths=None if lengths is None else jnp.array(lengths), device=V6E
+    )
+    with interpreted():
+        outcome = attend(backend="mosaic_tpu")
+    expected = attend(backend="reference")
+    for ours, theirs in zip(outcome, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE["float32"])
+    if lengths is not None:
+        assert (outcome[0][1, :80] == 0).all()
+        assert (outcome[1][1, :80] == -jnp.inf).all()
 
 
 # ---- pages -------------------------------------------------------------------------------------------------------

@@ -47,6 +47,14 @@ def test_one_can_trace_for_every_device(device: devices.Device) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "capability", "arch"),
+    [("NVIDIA GH200 480GB", "9.0", "sm_90a"), ("NVIDIA GB200", "10.0", "sm_100a"), ("Tesla T4", "7.5", "sm_75")],
+)
+def test_an_unknown_gpu_is_compiled_for_what_it_is(kind: str, capability: str, arch: str) -> None:
+    assert devices.of_kind(kind, "gpu", capability).arch == arch
+
+
+@pytest.mark.parametrize(
     ("kind", "platform", "like"), [("TPU v9", "tpu", "tpu"), ("NVIDIA Z900", "gpu", "cuda"), ("AMD X", "gpu", "rocm")]
 )
 def test_an_unknown_kind_keeps_its_name_and_platform(kind: str, platform: str, like: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import gpu_check
 import tune_kernels
 
-from pallas_kernels import devices
+from pallas_kernels import devices, tuning, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,11 +85,29 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
 
 
 def test_entries_measured_before_are_kept() -> None:
-    old = {"kernels": {"k": [{"key": {"rows": 1}, "blocks": {"a": 1}}, {"key": {"rows": 2}, "blocks": {"a": 1}}]}}
-    new = {"k": [{"key": {"rows": 2}, "blocks": {"a": 8}}]}
-    assert tune_kernels.merged(old, new) == {
+    old = {"k": [{"key": {"rows": 1}, "blocks": {"a": 1}}, {"key": {"rows": 2}, "blocks": {"a": 1}}]}
+    assert tune_kernels.merged(old, "k", {"key": {"rows": 2}, "blocks": {"a": 8}}) == {
         "k": [{"key": {"rows": 1}, "blocks": {"a": 1}}, {"key": {"rows": 2}, "blocks": {"a": 8}}]
     }
+
+
+def test_a_default_that_does_not_run_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"the default \{'rows': 16\} does not run"):
+        tune_kernels.search({"rows": 16}, lambda candidates: {})
+
+
+def test_a_candidate_with_another_result_is_passed_over(capsys: pytest.CaptureFixture) -> None:
+    """However fast: a block size that leaves out work must not win."""
+
+    def make() -> workloads.Call:
+        blocks = tuning.block_sizes("matmul.triton", devices.named("h100"), {"rows": 4}, **key)
+        return workloads.Call(lambda x: x * (blocks["rows"] >= 4), (jnp.ones(3),))
+
+    key = {"format": "int8", "rows": 16, "in_size": 8, "out_size": 8}
+    measure = tune_kernels.measure_on_device(make, "matmul.triton", rounds=1)
+    assert list(measure({"best": {"rows": 4}})) == ["best"]
+    assert list(measure({"best": {"rows": 4}, "2": {"rows": 2}, "8": {"rows": 8}})) == ["best", "8"]
+    assert "its result differs by 1" in capsys.readouterr().err
 
 
 def test_every_tuned_shape_asks_for_its_block_sizes() -> None:
@@ -98,7 +117,7 @@ def test_every_tuned_shape_asks_for_its_block_sizes() -> None:
         for op, work in list(tune_kernels.works(device))[::9]
         for question in tune_kernels.questions(work, "mosaic_tpu", device, f"{op}.mosaic_tpu")
     ]
-    assert set(asked) == {"attention.mosaic_tpu", "matmul.mosaic_tpu"}
+    assert set(asked) == {"attention.mosaic_tpu", "matmul.mosaic_tpu", "grouped_matmul.mosaic_tpu"}
 
 
 @pytest.mark.parametrize("script", ["gpu_check.py", "tune_kernels.py"])

@@ -33,7 +33,7 @@ from jaxinfer.scheduler import Scheduler
 from jaxinfer.step import Drivers, Outcome, Report
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.watchdog import Watchdog
-from pallas_kernels import attention
+from pallas_kernels import attention, devices, matmul
 from pallas_kernels.dispatch import BackendError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Engine:
         enable_compilation_cache(config)
         self.max_model_len = memory.max_model_len(self.model, config)
         self.num_pages = memory.pages_per_group(self.model, config, self.max_model_len)
-        _check_attention(self.model, config)
+        _check_kernels(self.model, config)
         self._limits = limits_of(self.model, config, self.max_model_len, self.num_pages)
         self._groups = page_groups(self.model)
         self._packer = Packer(self.model, self._limits, self._groups)
@@ -369,12 +369,19 @@ class Engine:
         del self._state, self._parameters
 
 
-def _check_attention(model: ModelConfig, config: EngineConfig) -> None:
-    """ConfigError where no attention kernel, or not the one asked for, takes these pages."""
+def _check_kernels(model: ModelConfig, config: EngineConfig) -> None:
+    """ConfigError where no kernel, or not the one asked for, takes this model's pages or weights."""
     try:
         attention.choose(kv_spec(model, config), backend=config.attention_backend, q_heads=model.q_heads)
     except BackendError as error:
         raise ConfigError(f"attention_backend={config.attention_backend}: {error}") from error
+    case = {"rows": 1, "in_size": model.embed_size, "out_size": model.ffn_size, "format": "dense"}
+    try:
+        matmul.OP.choose(
+            config.matmul_backend, **case, dtype=config.dtype, out_dtype=config.dtype, device=devices.current()
+        )
+    except BackendError as error:
+        raise ConfigError(f"matmul_backend={config.matmul_backend}: {error}") from error
 
 
 def _mix(value: int) -> int:

@@ -57,6 +57,9 @@ DEVICES = _table(
 )
 
 
+SPELLINGS = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite", "TPU v7x": "TPU7x"}
+
+
 def named(name: str) -> Device:
     """The device a user calls `name`. Raises ValueError with the choices."""
     if name not in DEVICES:
@@ -80,11 +83,14 @@ def of_kind(kind: str, platform: str, capability: str | None = None) -> Device:
     """
     if platform == "cpu" or kind == "cpu":
         return DEVICES["cpu"]
+    kind = SPELLINGS.get(kind, kind)
     matches = [device for device in DEVICES.values() if kind.startswith(device.kind)]
     if matches:
         return max(matches, key=lambda device: len(device.kind))
     if platform == "tpu" or kind.startswith("TPU"):
         like = replace(DEVICES["v5e"], fast_memory_bytes=16 * MIB)  # as TPUs before it have
+    elif platform not in ("gpu", "cuda", "rocm"):
+        like = replace(DEVICES["cpu"], platform=platform)  # no kernel is for it: XLA's code serves
     elif kind.startswith(("AMD", "gfx")):
         like = DEVICES["mi300x"]
     else:  # the oldest architecture kernels are made for, with the shared memory that all since have

@@ -106,14 +106,36 @@ class QuantizedTensor:
             )
         if self.scales is None and self.dtype not in PLAIN:
             raise ValueError(f"{self.dtype} values need scales [groups, out]")
-        if self.scales is not None and self.scales.shape != (*leading, self.num_groups, out_size):
-            raise ValueError(f"scales {self.scales.shape} do not fit a weight {self.shape}: [..., groups, out]")
+        per_group = (*leading, self.num_groups, out_size)
+        for name, array in (("scales", self.scales), ("zeros", self.zeros)):
+            if array is not None and array.shape != per_group:
+                raise ValueError(
+                    f"{name} {array.shape} do not fit a weight {self.shape}: [..., groups, out] is {per_group}"
+                )
+        if self.scales is not None and not jnp.issubdtype(self.scales.dtype, jnp.floating):
+            raise ValueError(f"scales {self.scales.dtype.name} must be floating-point")
+        if self.scales is not None and self.dtype not in LARGEST:
+            raise ValueError(f"values {self.dtype} with scales are not one of {', '.join(LARGEST)}")
+        self._check_outliers((*leading, out_size))
         if in_size % self.num_groups:
             raise ValueError(f"{in_size} inputs do not divide into {self.num_groups} groups")
         if self.dtype == "int4" or self.sparse_index is not None:
             packed = in_size if self.sparse_index is None else in_size // 4
             if not self.pack_block or packed % self.pack_block:
                 raise ValueError(f"{packed} nibbles do not divide into blocks of {self.pack_block}")
+
+    def _check_outliers(self, outputs: tuple[int, ...]) -> None:
+        columns, values = self.outlier_columns, self.outlier_values
+        if (columns is None) != (values is None):
+            raise ValueError("outlier_columns and outlier_values come together or not at all")
+        if columns is None or values is None:
+            return
+        if values.shape != (*outputs, columns.shape[0]):
+            raise ValueError(f"outlier_values {values.shape} must be {(*outputs, columns.shape[0])}, a column each")
+        if isinstance(columns, jax.core.Tracer) or not columns.size:
+            return
+        if not 0 <= int(columns.min()) <= int(columns.max()) < self.shape[-1]:
+            raise ValueError(f"outlier columns must be from 0 to {self.shape[-1] - 1}, got {columns.tolist()}")
 
 
 def pack_block_of(size: int) -> int:
@@ -203,6 +225,12 @@ def assemble(
     int4 values come as any integers between -8 and 7 and are packed here. Raises ValueError for what does not fit.
     """
     name = _stored_name(dtype)
+    if name in LEVELS and not isinstance(values, jax.core.Tracer) and values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < LEVELS[name][0] or high > LEVELS[name][1]:
+            raise ValueError(
+                f"{name} values are from {LEVELS[name][0]} to {LEVELS[name][1]}; these are from {low} to {high}"
+            )
     block = pack_block_of(values.shape[-1]) if name == "int4" else None
     stored = pack(values, block) if block else values.astype(name)
     tensor = QuantizedTensor(stored, scales, zeros, activation=activation, pack_block=block)
@@ -224,7 +252,8 @@ def sparsify_2_4(weight: ArrayLike, dtype: DTypeLike | None = None) -> Quantized
     if name == "int4" or (dtype is None and name not in PLAIN):
         raise ValueError(f"2:4 sparse values are one of {', '.join(PLAIN)}, int8, float8_e4m3fn; not {name}")
     fours = weight.reshape(*leading, out_size, in_size // 4, 4)
-    kept = jnp.sort(jnp.argsort(-jnp.abs(fours.astype(jnp.float32)), axis=-1)[..., :2], axis=-1)
+    magnitude = jnp.where(jnp.isnan(fours), jnp.inf, jnp.abs(fours).astype(jnp.float32))  # NaN is kept, to be seen
+    kept = jnp.sort(jnp.argsort(-magnitude, axis=-1)[..., :2], axis=-1)
     values = jnp.moveaxis(jnp.take_along_axis(fours, kept, axis=-1), -1, -3)  # [..., 2, out, in/4]
     block = pack_block_of(in_size // 4)
     index = pack(kept[..., 0] | (kept[..., 1] << 2), block)
@@ -232,7 +261,7 @@ def sparsify_2_4(weight: ArrayLike, dtype: DTypeLike | None = None) -> Quantized
         return QuantizedTensor(values, sparse_index=index, pack_block=block)
     wide = values.astype(jnp.float32)
     highest = jnp.max(jnp.abs(wide), axis=(-3, -1))  # f32[..., out]
-    scale = jnp.where(highest == 0, 1.0, highest / LARGEST[name])
+    scale = _scale_of(highest, name)
     stored = _rounded(wide / scale[..., None, :, None], name).astype(name)
     return QuantizedTensor(stored, scale[..., None, :], sparse_index=index, pack_block=block)
 
@@ -245,7 +274,7 @@ def quantize_rows(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]
     name = _stored_name(dtype)
     wide = x.astype(jnp.float32)
     highest = jnp.max(jnp.abs(wide), axis=-1)
-    scales = jnp.where(highest == 0, 1.0, highest / LARGEST[name])
+    scales = _scale_of(highest, name)
     return _rounded(jnp.nan_to_num(wide / scales[..., None]), name), scales
 
 
@@ -317,12 +346,18 @@ def _range_of(
     """`wide f32[..., group_size]` -> scale `[...]` and zero `[...]` or None; a group of zeros has scale 1."""
     if not zero_point:
         highest = jnp.max(jnp.abs(wide), axis=-1)
-        return jnp.where(highest == 0, 1.0, highest / LARGEST[name]).astype(scale_dtype), None
+        return _scale_of(highest, name).astype(scale_dtype), None
     lowest_level, highest_level = LEVELS[name]
     lowest = jnp.minimum(jnp.min(wide, axis=-1), 0.0)  # zero itself stays representable
     spread = jnp.maximum(jnp.max(wide, axis=-1), 0.0) - lowest
     scale = jnp.where(spread == 0, 1.0, spread / (highest_level - lowest_level)).astype(scale_dtype)
     return scale, jnp.round(lowest_level - lowest / scale.astype(jnp.float32)).astype(scale_dtype)
+
+
+def _scale_of(highest: jax.Array, name: str) -> jax.Array:
+    """The scale that makes `highest` the largest value; 1 where that is 0, or so small that its scale would be."""
+    scale = highest / LARGEST[name]
+    return jnp.where(scale == 0, 1.0, scale)
 
 
 def _rounded(scaled: jax.Array, name: str, levels: tuple[float, float] | None = None) -> jax.Array:

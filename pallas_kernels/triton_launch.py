@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.devices import Device
 
 Argument = jax.Array | jax.ShapeDtypeStruct | int
+OLDEST_CAPABILITY = 80  # of NVIDIA's GPUs: the first that multiplies bfloat16 and copies asynchronously
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +36,15 @@ class Launch:
 
 
 def refuse(device: Device) -> str | None:
-    """None, or why no Triton kernel runs on `device`."""
+    """None, or why no Triton kernel runs on `device`; packages are asked for where there is a GPU to run on."""
     if not device.is_gpu:
         return f"it is for GPUs, the device is {device}; use xla"
+    if (capability(device) or OLDEST_CAPABILITY) < OLDEST_CAPABILITY:
+        return f"{device.arch} is older than sm_{OLDEST_CAPABILITY}, the oldest that its kernels are made for; use xla"
     missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{' and '.join(missing)} cannot be imported: pip install jaxinfer[cuda13]"
+    if missing and jax.default_backend() != "cpu":
+        advice = "jaxinfer[cuda13]" if device.platform == "cuda" else " ".join(missing).replace("_", "-")
+        return f"{' and '.join(missing)} cannot be imported: pip install {advice}"
     return None
 
 

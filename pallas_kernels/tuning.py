@@ -97,7 +97,22 @@ def row_bucket(rows: int) -> int:
 def _table(device: str) -> dict[str, list[dict[str, Any]]]:
     """`{kernel: [{"key": ..., "blocks": ...}]}` of a device; empty where none was measured."""
     file = resources.files("pallas_kernels") / "tuning" / f"{device}.json"
-    return json.loads(file.read_text())["kernels"] if file.is_file() else {}
+    return read_table(file.read_text(), str(file)) if file.is_file() else {}
+
+
+def read_table(text: str, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The kernels of a table's JSON. Raises ValueError, naming the file, for one that is not such a table."""
+    try:
+        kernels = json.loads(text)["kernels"]
+        for kernel, entries in kernels.items():
+            for entry in entries:
+                if set(entry["key"]) != set(KEYS[kernel]):
+                    raise ValueError(f"a key of {kernel} has {', '.join(KEYS[kernel])}, not {', '.join(entry['key'])}")
+                if not all(isinstance(size, int) and size > 0 for size in entry["blocks"].values()):
+                    raise ValueError(f"block sizes of {kernel} are integers above 0, not {entry['blocks']}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name} is not a table of block sizes: {error!r}") from error
+    return kernels
 
 
 def _log_once(kernel: str, device: Device, key: Mapping[str, Any], source: str, blocks: Mapping[str, int]) -> None:

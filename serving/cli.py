@@ -126,8 +126,10 @@ def _info(args: argparse.Namespace) -> int:
     if args.kernels:
         from serving.kernel_info import run
 
+        if args.model != str(shipped_model()) or config_from(args, EngineConfig) != EngineConfig():
+            raise ConfigError("--kernels loads no model and starts no engine: leave out MODEL and the engine's options")
         return run(args)
-    if args.device:
+    if args.device is not None:
         raise ConfigError(f"--device {args.device} needs --kernels: a model is loaded on this machine's device only")
     from jaxinfer.engine import Engine
 

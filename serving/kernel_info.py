@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     from pallas_kernels.survey import survey
 
     try:
-        device = devices.named(args.device) if args.device else devices.current()
+        device = devices.current() if args.device is None else devices.named(args.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     answers = survey(device)
@@ -24,11 +24,12 @@ def run(args: argparse.Namespace) -> int:
         print()
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("operation", "case", "backend", "refused by", title=f"kernels on {device.name}")
     for answer in answers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in answer.refusals.items())
-        table.add_row(answer.op, answer.case, answer.backend or "none but the reference", reasons)
+        table.add_row(answer.op, answer.case, answer.backend or "none but the reference", escape(reasons))
     Console().print(table)
     return 0

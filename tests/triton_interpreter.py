@@ -2,6 +2,7 @@
 
 A process of its own, because TRITON_INTERPRET must be set before triton is imported. Prints one line of JSON: for each
 case that fails, how. Launches go to the interpreter instead of jax-triton; everything around them is the product's.
+`CASE+nan` is an attention case two of whose queries are NaN.
 """
 
 import os
@@ -12,6 +13,7 @@ import importlib
 import json
 import sys
 import traceback
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,7 @@ import numpy as np
 from triton.runtime import interpreter
 
 from pallas_kernels import devices, triton_launch
+from pallas_kernels.attention import cases as attention_cases
 
 NAMES = {
     "float32": "fp32",
@@ -102,6 +105,11 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     )
 
 
+def _maximum(self: Any, a: Any, b: Any) -> Any:
+    """A maximum that passes over NaN, as GPUs' own does."""
+    return self.binary_op(a, b, np.fmax)
+
+
 PATCH_TENSOR = interpreter._patch_lang_tensor
 
 
@@ -109,6 +117,15 @@ def _patch_tensor(tensor: Any, scope: Any) -> None:
     """Scalars index loops; the interpreter holds them as one-element arrays, which NumPy no longer converts."""
     PATCH_TENSOR(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def check_nan(backend: str, case: attention_cases.Case, *, device: devices.Device) -> None:
+    """The first and the last query are NaN: so is what comes out for them, as in the oracle, and nothing else."""
+    inputs = attention_cases.build(case)
+    inputs = replace(inputs, q=inputs.q.at[np.array([0, -1])].set(np.nan))
+    expected = attention_cases.run("reference", case, inputs)
+    assert np.isnan(expected.out[0]).all()
+    attention_cases.compare(case, inputs, attention_cases.run(backend, case, inputs, device=device), expected)
 
 
 def main(op: str, backend: str, names: list[str]) -> None:
@@ -121,6 +138,7 @@ def main(op: str, backend: str, names: list[str]) -> None:
         mock.patch.object(builder, "cast_impl", _cast),
         mock.patch.object(builder, "create_fp_to_fp", _cast),
         mock.patch.object(builder, "create_dot", _dot),
+        mock.patch.object(builder, "create_maxnumf", _maximum),
         mock.patch.object(interpreter, "_patch_lang_tensor", _patch_tensor),
         mock.patch.object(triton_launch, "run", run),
         mock.patch.object(devices, "current", lambda: device),
@@ -128,7 +146,8 @@ def main(op: str, backend: str, names: list[str]) -> None:
     ):
         for name in names:
             try:
-                cases.check(backend, cases.CASES[name], device=device)
+                check = check_nan if name.endswith("+nan") else cases.check
+                check(backend, cases.CASES[name.removesuffix("+nan")], device=device)
             except Exception:
                 failures[name] = traceback.format_exc(limit=-6)[-3000:]
     print(json.dumps(failures))

@@ -17,8 +17,30 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.attention import storage
+from pallas_kernels.attention.contract import UnsupportedError, check_heads, check_options, check_ragged, check_rows
 from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import Op
+
+__all__ = [
+    "OP",
+    "KVSpec",
+    "LayerKV",
+    "PageRows",
+    "Ragged",
+    "UnsupportedError",
+    "allocate",
+    "attend",
+    "choose",
+    "copy_pages",
+    "default_page_size",
+    "merge",
+    "move_rows",
+    "read_pages",
+    "token_rows",
+    "token_sequence",
+    "with_sinks",
+    "write_pages",
+]
 
 OP = Op(
     name="attention",
@@ -110,10 +132,6 @@ def default_page_size(device: Device) -> int:
     return {"tpu": 128, "cuda": 64, "rocm": 64}.get(device.platform, 32)
 
 
-class UnsupportedError(ValueError):
-    """A request to a kernel that its backend cannot honour; the message says what would work."""
-
-
 def choose(
     spec: KVSpec, *, backend: str = "auto", q_heads: int | None = None, device: Device | None = None
 ) -> tuple[str, Any]:
@@ -152,7 +170,9 @@ def attend(
     Sources: online softmax (Milakov & Gimelshein 2018), FlashAttention-2 (Dao 2023), PagedAttention (Kwon et al.
     2023), Ragged Paged Attention (2604.15464).
     """
-    _check(q, k, v, kv, ragged)
+    check_heads(q, k, v, sinks, kv.spec)
+    check_ragged(ragged, q.shape[0], kv.spec.page_size)
+    check_options(window, softcap, scale)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if q.shape[0] == 0:
         return q, jnp.zeros(q.shape[:2], jnp.float32), kv
@@ -166,6 +186,7 @@ def read_pages(kv: LayerKV, pages: jax.Array) -> PageRows:
 
 def write_pages(kv: LayerKV, pages: jax.Array, rows: PageRows) -> LayerKV:
     """Write what `read_pages` gave, for pages of the same KVSpec on any backend, into `pages: i32[n]`."""
+    check_rows(rows, len(pages), kv.spec)
     return OP.load(kv.backend).write_pages(kv, pages, rows)
 
 
@@ -225,21 +246,3 @@ def token_rows(ragged: Ragged, num_tokens: int, page_size: int) -> tuple[jax.Arr
     column = jnp.clip(row // page_size, 0, ragged.page_table.shape[1] - 1)
     page = jnp.where(valid, ragged.page_table[inside, column], 0)
     return page, jnp.where(valid, row % page_size, 0), jnp.where(valid, seq, num_seqs)
-
-
-def _check(q: jax.Array, k: jax.Array | None, v: jax.Array | None, kv: LayerKV, ragged: Ragged) -> None:
-    spec = kv.spec
-    if (k is None) != (v is None):
-        raise UnsupportedError("k and v come together or not at all")
-    if q.ndim != 3 or q.shape[2] != spec.head_dim or q.shape[1] % spec.kv_heads:
-        raise UnsupportedError(
-            f"q {q.shape} does not fit pages of {spec.kv_heads} KV heads x {spec.head_dim}: "
-            "it must be [tokens, a multiple of kv_heads, head_dim]"
-        )
-    for name, array in (("k", k), ("v", v)):
-        if array is not None and array.shape != (q.shape[0], spec.kv_heads, spec.head_dim):
-            raise UnsupportedError(f"{name} {array.shape} must be {(q.shape[0], spec.kv_heads, spec.head_dim)}")
-    if ragged.num_decode_seqs * ragged.width > q.shape[0]:
-        raise UnsupportedError(
-            f"{ragged.num_decode_seqs} decode sequences x width {ragged.width} exceed the {q.shape[0]} packed tokens"
-        )

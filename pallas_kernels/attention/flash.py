@@ -31,11 +31,11 @@ def flash_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`q [batch, q_tokens, q_heads, head_dim]`, `k, v [batch, kv_tokens, kv_heads, head_dim]` -> `(out, lse)` as q.
 
-    `lengths i32[batch]`: rows of k and v in use (None: all); queries are the last of them, `causal`ly. `lse
+    `lengths i32[batch]`: rows of k and v in use (None: all), at least q_tokens; queries are the last of them. `lse
     f32[batch, q_tokens, q_heads]`; the rest as in `attend`. Raises ValueError for shapes that do not fit, BackendError
     where a backend refuses. Source: FlashAttention-2 (Dao 2023).
     """
-    _check(q, k, v, causal, window)
+    _check(q, k, v, lengths, causal, window)
     batch, q_tokens, q_heads, head_dim = q.shape
     kv_tokens, kv_heads = k.shape[1:3]
     if 0 in (batch, q_tokens):
@@ -70,7 +70,9 @@ def _canonical(k: jax.Array, v: jax.Array, columns: int) -> jax.Array:
     return rows.reshape(batch * columns, PAGE_SIZE, 2, kv_heads, head_dim)
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, window: int | None) -> None:
+def _check(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool, window: int | None
+) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(
             "flash_attention takes q [batch, q_tokens, q_heads, head_dim] and k, v "
@@ -84,5 +86,9 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, window: int |
         raise ValueError(
             f"{q.shape[1]} causal queries are more than the {k.shape[1]} rows of k: they are the last of them"
         )
+    if not all(jnp.issubdtype(array.dtype, jnp.floating) for array in (q, k)):
+        raise ValueError(f"q {q.dtype.name} and k {k.dtype.name} must be floating-point")
+    if lengths is not None and (lengths.shape != q.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+        raise ValueError(f"lengths {lengths.dtype.name}{lengths.shape} must be integers, one for each of {q.shape[0]}")
     if window is not None and not causal:
         raise ValueError(f"window={window} needs causal=True: without positions there is nothing to slide over")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices, triton_launch, tuning
-from pallas_kernels.attention import KVSpec, Ragged, xla
+from pallas_kernels.attention import KVSpec, Ragged, storage, xla
 from pallas_kernels.attention.xla import XlaKV
 from pallas_kernels.devices import Device
 from pallas_kernels.triton_launch import Launch, power_of_two
@@ -60,6 +60,10 @@ class Work(NamedTuple):
 def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     """None, or why these pages cannot be served."""
     dtype = jnp.dtype(spec.dtype).name
+    if dtype not in storage.DTYPES:
+        return f"K/V dtype {dtype} is not one of {', '.join(storage.DTYPES)}"
+    if q_heads % spec.kv_heads:
+        return f"{q_heads} query heads are not a multiple of {spec.kv_heads} KV heads"
     if spec.head_dim > LARGEST_HEAD:
         return f"head_dim {spec.head_dim} is above {LARGEST_HEAD}"
     if dtype == "float8_e4m3fn" and (triton_launch.capability(device) or FP8_CAPABILITY) < FP8_CAPABILITY:
@@ -274,7 +278,16 @@ def _blocks(phase: str, rows: int, q: jax.Array, spec: KVSpec, rules: Rules, dev
         page_size=spec.page_size,
         window=rules.window,
     )
-    return Blocks(**measured)
+    return _checked(Blocks(**measured), q.shape[1] // spec.kv_heads)
+
+
+def _checked(blocks: Blocks, group: int) -> Blocks:
+    """Raises ValueError where a tile does not hold the `group` query heads of a KV head: it would leave out some."""
+    if blocks.rows < group:
+        raise ValueError(
+            f"attention.triton block rows={blocks.rows} must be at least {group}, the query heads of a KV head"
+        )
+    return blocks
 
 
 def _splits(programs: int, rows: int, blocks: Blocks, device: Device) -> int:

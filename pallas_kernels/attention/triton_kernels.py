@@ -73,7 +73,7 @@ def attend(
     query = tl.load(q_position + token, mask=valid, other=-1)
     lane = tl.arange(0, LANES)
     in_head = lane < ROW_VALUES
-    q_row = q + (token * Q_HEADS + head)[:, None] * HEAD_DIM + lane[None, :]
+    q_row = q + (token.to(tl.int64) * Q_HEADS + head)[:, None] * HEAD_DIM + lane[None, :]
     q_mask = valid[:, None] & in_head[None, :]
     q_low = tl.load(q_row, mask=q_mask, other=0.0).to(COMPUTE)
     acc_low = tl.zeros([ROWS, LANES], tl.float32)
@@ -144,7 +144,8 @@ def attend(
         else:
             acc_low = tl.dot(weights, v.to(COMPUTE), acc_low * shrink[:, None], input_precision="ieee")
 
-    some = highest > MASKED / 2  # else `total` counts rows that nobody sees
+    # else `total` counts rows that nobody sees; a maximum passes over NaN, which must come out as NaN
+    some = (highest > MASKED / 2) | (total != total)
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=valid, other=0.0) * LOG2_E
         above = tl.maximum(highest, sink)
@@ -183,13 +184,14 @@ def merge(
 ):
     """One query head (grid axis 1) of one token (0): the splits' outputs, weighted by their sums of exponentials."""
     head = tl.program_id(1)
-    index = tl.program_id(0) * q_heads + head
+    index = tl.program_id(0).to(tl.int64) * q_heads + head
     split = tl.arange(0, PADDED_SPLITS).to(tl.int64)
     lane = tl.arange(0, LANES)
     at = split * num_tokens * q_heads + index
     sums = tl.load(part_lse + at, mask=split < SPLITS, other=float("-inf"))
+    used = sums != float("-inf")  # a sum of NaN is: it must come out as NaN, and a maximum passes over it
+    some = tl.max(used.to(tl.int32), 0) > 0
     highest = tl.max(sums, 0)
-    some = highest > float("-inf")
     if HAS_SINKS:
         sink = tl.load(sinks + head)
         highest = tl.maximum(highest, sink)
@@ -199,7 +201,7 @@ def merge(
     if HAS_SINKS:
         total += tl.exp2((sink - highest) * LOG2_E)
     total = tl.where(some, total, 1.0)
-    mask = (sums > float("-inf"))[:, None] & (lane < HEAD_DIM)[None, :]
+    mask = used[:, None] & (lane < HEAD_DIM)[None, :]
     part = tl.load(parts + at[:, None] * HEAD_DIM + lane[None, :], mask=mask, other=0.0)
     result = tl.sum(part * (weights / total)[:, None], 0)
     tl.store(out + index * HEAD_DIM + lane, result.to(out.dtype.element_ty), mask=lane < HEAD_DIM)

@@ -40,10 +40,8 @@ def run(
 ) -> jax.Array:
     """`x [tokens, in]` (W8A8: quantized, `row_scales f32[tokens]`), `weight [groups, out, in]` -> `[tokens, out]`."""
     (tokens, in_size), num_groups = x.shape, weight.shape[0]
-    mean, busy = (
-        -(-tokens // num_groups),
-        min(tokens, num_groups),
-    )  # rows of a group, if all are alike; groups with rows
+    mean = -(-tokens // num_groups)  # rows of a group, if all are alike
+    busy = min(tokens, num_groups)  # groups with rows, at most
     row_tiles = busy * -(-mean // matmul_triton.FEW_ROWS)
     blocks = matmul_triton.blocks_of(
         "grouped_matmul.triton", mean, row_tiles, in_size, weight, device, num_groups=num_groups

@@ -70,4 +70,7 @@ def run(
 
     empty = jnp.zeros((x.shape[0], weight.shape[1]), jnp.float32)
     product = lax.fori_loop(0, pieces.tile.shape[0], body, empty)[:tokens]
-    return (product if row_scales is None else product * row_scales[:, None]).astype(out_dtype)
+    if row_scales is not None:
+        grouped = jnp.arange(tokens) < jnp.sum(group_sizes)  # what no group has is zero, whatever its scale
+        product = jnp.where(grouped[:, None], product * row_scales[:, None], 0.0)
+    return product.astype(out_dtype)

@@ -1,8 +1,8 @@
 """Matrix multiplication with the weight as Hugging Face stores it, `[out, in]`: dense, quantized or 2:4 sparse.
 
 Hides which code multiplies, and what is common to every quantized product: outlier columns, zero points, and W8A8's
-quantization of activations. Accumulates in float32 (W8A8 in int32). In float32 a row's bits do not depend on the number
-of rows, nor in bfloat16 while one backend serves them.
+quantization of activations. Accumulates in float32 (W8A8 in int32). On CPUs a row's bits do not depend on the number of
+rows in float32, nor in bfloat16 and W8A8 while `llvm_cpu` serves them; elsewhere they may.
 """
 
 from __future__ import annotations

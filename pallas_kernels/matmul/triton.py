@@ -194,4 +194,16 @@ def blocks_of(
         out_size=out_size,
         **key,
     )
-    return Blocks(**measured)
+    return _checked(kernel, Blocks(**measured), tensor)
+
+
+def _checked(kernel: str, blocks: Blocks, tensor: QuantizedTensor) -> Blocks:
+    """Raises ValueError where a step would cross into other inputs' scales, or out of half a block of nibbles."""
+    group = tensor.group_size if tensor.num_groups > 1 else 0
+    limit = math.gcd(group, (tensor.pack_block or 0) // 2)  # 0: none, which every step divides
+    if limit % blocks.step:
+        raise ValueError(
+            f"{kernel} block step={blocks.step} must divide {limit}: the values of {tensor.format} that lie together "
+            f"and share a scale"
+        )
+    return blocks

@@ -229,3 +229,81 @@ def test_refusals_name_the_value() -> None:
     kv = attention.allocate(KVSpec(3, 64, 16, jnp.float32), 4)
     with pytest.raises(UnsupportedError, match="3 KV heads x 64"):
         attention.attend(inputs.q, inputs.k, inputs.v, kv, inputs.ragged)
+
+
+RAGGED = Ragged(
+    q_start=jnp.array([0, 1, 4], jnp.int32),
+    kv_len=jnp.array([6, 3], jnp.int32),
+    page_table=jnp.array([[1], [2]], jnp.int32),
+    q_position=jnp.array([5, 0, 1, 2], jnp.int32),
+    num_decode_seqs=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_decode_seqs": -1}, "num_decode_seqs=-1 must be from 0 to 2"),
+        ({"num_decode_seqs": 3}, "num_decode_seqs=3 must be from 0 to 2"),
+        ({"width": 0}, "width=0 at least 1"),
+        ({"width": 5}, "their product at most the 4 packed tokens"),
+        ({"q_position": jnp.zeros(2, jnp.int32)}, r"q_position \(2,\) must be \(4,\)"),
+        ({"q_position": jnp.zeros(4)}, "q_position float32 must be integer"),
+        ({"q_start": jnp.zeros(2, jnp.int32)}, r"q_start \(2,\) must be \(3,\)"),
+        ({"page_table": jnp.zeros((1, 1), jnp.int32)}, r"page_table \(1, 1\) must be \(2, 1\)"),
+        ({"kv_position": jnp.zeros((2, 8), jnp.int32)}, r"kv_position \(2, 8\) must be \[2, 16\]"),
+        ({"ancestors": jnp.zeros((5, 1), jnp.uint32)}, r"ancestors \(5, 1\) must be \(4, 1\)"),
+        ({"ancestors": jnp.zeros((4, 1), jnp.int32)}, "ancestors int32 must be unsignedinteger"),
+        ({"ancestors": jnp.zeros((4, 0), jnp.uint32)}, "too few bits for width=1: 1 words would do"),
+    ],
+)
+def test_a_ragged_that_does_not_fit_is_named(changes: dict, words: str) -> None:
+    """No backend is asked: the native kernel would read what is not there."""
+    kv = attention.allocate(KVSpec(2, 64, 16, jnp.float32), 4)
+    with pytest.raises(UnsupportedError, match=words):
+        attention.attend(*drawn(4), kv, replace(RAGGED, **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 0}, "window=0 must be an int from 1"),
+        ({"window": 1.5}, "window=1.5 must be an int"),
+        ({"window": 2**31}, "window=2147483648 must be"),
+        ({"softcap": 0.0}, "softcap=0.0 must be above 0"),
+        ({"scale": float("nan")}, "scale=nan must be finite"),
+        ({"sinks": jnp.zeros((1, 4))}, r"sinks \(1, 4\) must be \(4,\)"),
+    ],
+)
+def test_an_option_that_means_nothing_is_named(options: dict, words: str) -> None:
+    kv = attention.allocate(KVSpec(2, 64, 16, jnp.float32), 4)
+    with pytest.raises(UnsupportedError, match=words):
+        attention.attend(*drawn(4), kv, RAGGED, **options)
+
+
+def test_integer_queries_and_other_pages_are_named() -> None:
+    spec = KVSpec(2, 64, 16, jnp.dtype("int8"))
+    kv = attention.allocate(spec, 4)
+    q, k, v = drawn(4)
+    with pytest.raises(UnsupportedError, match="q int32 must be floating"):
+        attention.attend(q.astype(jnp.int32), k, v, kv, RAGGED)
+    rows = PageRows(jnp.zeros((1, 16, 2, 2, 64), jnp.int8), jnp.ones((1, 16, 2, 2)))
+    with pytest.raises(UnsupportedError, match="with scales, as pages of int8 are"):
+        attention.write_pages(kv, jnp.array([1]), replace(rows, scales=None))
+    with pytest.raises(UnsupportedError, match=r"must be \(2, 16, 2, 2, 64\)"):
+        attention.write_pages(kv, jnp.array([1, 2]), rows)
+
+
+def test_no_tokens_are_no_work() -> None:
+    kv = attention.allocate(KVSpec(2, 64, 16, jnp.float32), 4)
+    none = Ragged(
+        jnp.zeros(1, jnp.int32), jnp.zeros(0, jnp.int32), jnp.zeros((0, 1), jnp.int32), jnp.zeros(0, jnp.int32)
+    )
+    out, lse, _ = attention.attend(*drawn(0), kv, none)
+    assert out.shape == (0, 4, 64)
+    assert lse.shape == (0, 4)
+
+
+def drawn(tokens: int) -> list[jax.Array]:
+    """q, k, v of four query heads on two KV heads."""
+    return [jnp.ones((tokens, heads, 64)) for heads in (4, 2, 2)]

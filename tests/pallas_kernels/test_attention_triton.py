@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from triton_launches import interpret, record
 
-from pallas_kernels import attention, devices, triton_aot
+from pallas_kernels import attention, devices, triton_aot, tuning
 from pallas_kernels.attention import KVSpec, Ragged, cases
 from pallas_kernels.attention import triton as backend
 from pallas_kernels.devices import Device
@@ -26,6 +26,7 @@ QUICK = {  # one process each: together every branch of the kernels
     ),
     "splits": "decode-long decode-page-256 decode-window-128",
     "prefill": "prefill-one-token prefill-sinks-softcap prefill-gaps prefill-tree prefill-many-short prefill-shared",
+    "nan": "decode+nan decode-long+nan decode-sinks+nan mixed-width+nan",
     "mixed": "mixed-window mixed-bf16-pages mixed-width mixed-int4-tree prefill-fp8",
 }
 SLOW = {f"every-{i}": " ".join(list(cases.CASES)[i::4]) for i in range(4)}
@@ -150,6 +151,7 @@ def test_a_tile_holds_all_query_heads_of_a_kv_head() -> None:
     [
         (KVSpec(2, 64, 16), "cpu", "for cuda and rocm, the device is cpu|for GPUs, the device is cpu; use xla"),
         (KVSpec(2, 576, 16), "h100", "head_dim 576 is above 512"),
+        (KVSpec(2, 64, 16, jnp.float8_e5m2), "h100", "K/V dtype float8_e5m2 is not one of bfloat16, .*, int4"),
         (KVSpec(2, 64, 16, jnp.float8_e4m3fn), "a100", "a100 has no float8_e4m3fn .sm_89 has.; int8"),
     ],
 )
@@ -158,8 +160,33 @@ def test_refuses_by_name(spec: KVSpec, device: str, words: str) -> None:
         attention.allocate(spec, 4, backend="triton", device=devices.named(device))
 
 
+def test_refuses_query_heads_that_kv_heads_do_not_divide() -> None:
+    reason = backend.refuse(spec=KVSpec(2, 64, 16), q_heads=5, device=devices.named("h100"))
+    assert reason == "5 query heads are not a multiple of 2 KV heads"
+
+
+def test_refuses_gpus_that_are_too_old() -> None:
+    old = dataclasses.replace(devices.named("a100"), name="tesla-t4", arch="sm_75")
+    reason = backend.refuse(spec=KVSpec(2, 64, 16), q_heads=4, device=old)
+    assert reason is not None and "sm_75 is older than sm_80, the oldest" in reason
+
+
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 4)], ids=["decode", "prefill"])
+def test_a_tile_that_leaves_out_query_heads_is_an_error(sizes: tuple[int, int]) -> None:
+    q, _, _, kv, ragged = call_of(KVSpec(1, 64, 16), jnp.bfloat16, decode=sizes[0], prefill=sizes[1])
+    q = jax.ShapeDtypeStruct((4, 32, 64), q.dtype)
+    call = lambda q, kv, ragged: attention.attend(q, None, None, kv, ragged)
+    with (
+        tuning.forced("attention.triton", {"rows": 16}),
+        pytest.raises(ValueError, match=r"attention\.triton block rows=16 must be at least 32, the query heads"),
+    ):
+        record(devices.named("h100"), call, q, kv, ragged)
+
+
 def test_without_jax_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backend.refuse(spec=KVSpec(2, 64, 16), q_heads=4, device=devices.named("h100")) is None  # it is elsewhere
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     reason = backend.refuse(spec=KVSpec(2, 64, 16), q_heads=4, device=devices.named("h100"))
     assert reason is not None and "pip install jaxinfer[cuda13]" in reason
 

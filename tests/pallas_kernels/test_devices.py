@@ -24,6 +24,9 @@ def test_without_an_accelerator_it_is_the_cpu() -> None:
     [
         ("TPU v5 lite", "tpu", "v5e"),
         ("TPU v5", "tpu", "v5p"),
+        ("TPU v5e", "tpu", "v5e"),
+        ("TPU v5p", "tpu", "v5p"),
+        ("TPU v6e", "tpu", "v6e"),
         ("TPU v6 lite", "tpu", "v6e"),
         ("TPU7x", "tpu", "tpu7x"),
         ("NVIDIA H100 80GB HBM3", "gpu", "h100"),
@@ -55,7 +58,13 @@ def test_an_unknown_gpu_is_compiled_for_what_it_is(kind: str, capability: str, a
 
 
 @pytest.mark.parametrize(
-    ("kind", "platform", "like"), [("TPU v9", "tpu", "tpu"), ("NVIDIA Z900", "gpu", "cuda"), ("AMD X", "gpu", "rocm")]
+    ("kind", "platform", "like"),
+    [
+        ("TPU v9", "tpu", "tpu"),
+        ("NVIDIA Z900", "gpu", "cuda"),
+        ("AMD X", "gpu", "rocm"),
+        ("M4", "METAL", "METAL"),
+    ],
 )
 def test_an_unknown_kind_keeps_its_name_and_platform(kind: str, platform: str, like: str) -> None:
     device = devices.of_kind(kind, platform)

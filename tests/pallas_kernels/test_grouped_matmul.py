@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels import tensors
 from pallas_kernels.dispatch import BackendError
 from pallas_kernels.grouped_matmul import cases, grouped_matmul, xla
 from pallas_kernels.grouped_matmul.cases import CASES, FORMATS, Case
@@ -114,3 +115,12 @@ def test_tiles_of_rows_follow_the_groups() -> None:
     assert xla.tile_rows(tokens=16, num_groups=64) == 4
     assert xla.tile_rows(tokens=512, num_groups=8) == 64
     assert xla.tile_rows(tokens=100_000, num_groups=8) == xla.MOST_ROWS
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_rows_of_no_group_are_zero_whatever_they_hold(backend: str) -> None:
+    x = jnp.ones((3, 64)).at[2].set(jnp.nan)
+    weight = tensors.quantize(jnp.ones((1, 8, 64)), "int8", activation="int8")
+    product = grouped_matmul(x, weight, jnp.array([2], jnp.int32), backend=backend)
+    assert np.isfinite(product).all()
+    assert (np.asarray(product[2]) == 0).all()

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton_launches import interpret, record
 
-from pallas_kernels import devices, triton_aot
+from pallas_kernels import devices, triton_aot, tuning
 from pallas_kernels.devices import Device
 from pallas_kernels.grouped_matmul import cases, grouped_matmul
+from pallas_kernels.grouped_matmul import triton as backend
 from pallas_kernels.matmul.cases import FORMATS
 from pallas_kernels.triton_launch import tiles_of
 
@@ -41,6 +42,18 @@ def test_compiles(device: Device, format: str, rows: int) -> None:
     compiled = triton_aot.compile_launch(launch, device)
     assert compiled.shared_bytes <= device.fast_memory_bytes, compiled
     assert compiled.spilled_bytes <= 128, compiled
+
+
+def test_a_step_over_several_scales_is_an_error() -> None:
+    device = devices.named("h200")
+    weight = jax.eval_shape(FORMATS["int8/g128"], jax.ShapeDtypeStruct((8, 256, 512), jnp.bfloat16))
+    x, sizes = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.int32)
+    call = lambda *arrays: backend.run(*arrays, out_dtype=jnp.dtype("float32"), device=device)
+    with (
+        tuning.forced("grouped_matmul.triton", {"step": 256}),
+        pytest.raises(ValueError, match=r"grouped_matmul\.triton block step=256 must divide 128: .* int8/g128 "),
+    ):
+        record(device, call, x, weight, sizes)
 
 
 @given(lengths=st.lists(st.integers(0, 12), min_size=5, max_size=5), size=st.sampled_from([1, 4, 16]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from triton_launches import interpret, record
 
-from pallas_kernels import devices, triton_aot
+from pallas_kernels import devices, triton_aot, tuning
 from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import BackendError
 from pallas_kernels.matmul import cases, matmul
@@ -82,6 +82,25 @@ def test_few_rows_fill_the_device_in_one_wave(rows: int, in_size: int, out_size:
     resident = 4 if launch.constants["OUTS"] == 64 else 3
     assert 1.9 <= np.prod(launch.grid) / device.num_cores <= resident
     assert launch.constants["STEPS"] * launch.constants["STEP"] * launch.grid[2] >= in_size // 2  # no input is left out
+
+
+@pytest.mark.parametrize(
+    ("format", "step", "limit"),
+    [("int8/g128", 256, 128), ("int8/g128", 96, 128), ("int4/g64", 128, 64), ("int4", 256, 128)],
+)
+def test_a_step_over_several_scales_is_an_error(format: str, step: int, limit: int) -> None:
+    weight = jax.eval_shape(cases.FORMATS[format], jax.ShapeDtypeStruct((256, 512), jnp.bfloat16))
+    with (
+        tuning.forced("matmul.triton", {"step": step}),
+        pytest.raises(ValueError, match=f"matmul.triton block step={step} must divide {limit}: .* {format} "),
+    ):
+        backend.blocks_of("matmul.triton", 4, 1, 512, weight, devices.named("h200"))
+
+
+def test_a_step_over_one_scale_may_be_longer() -> None:
+    weight = jax.eval_shape(cases.FORMATS["int8"], jax.ShapeDtypeStruct((256, 512), jnp.bfloat16))
+    with tuning.forced("matmul.triton", {"step": 256}):
+        assert backend.blocks_of("matmul.triton", 4, 1, 512, weight, devices.named("h200")).step == 256
 
 
 @pytest.mark.parametrize(

@@ -209,3 +209,40 @@ def test_rows_of_zeros_and_of_nan() -> None:
 def test_what_does_not_fit_says_so(call: Callable[[jax.Array], object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call(normal(16, 128))
+
+
+def test_rows_too_small_for_a_scale_become_zeros() -> None:
+    tiny = jnp.zeros((2, 8)).at[0, 0].set(1e-36)
+    for dtype in ("int8", "float8_e4m3fn"):
+        assert np.isfinite(tensors.dequantize(tensors.quantize(tiny, dtype))).all()
+        assert np.isfinite(tensors.dequantize(tensors.sparsify_2_4(tiny, dtype))).all()
+
+
+def test_a_sparse_weight_keeps_nan() -> None:
+    weight = jnp.array([[1.0, 2.0, jnp.nan, 3.0, 1.0, 2.0, 3.0, 4.0]])
+    assert np.isnan(tensors.dequantize(tensors.sparsify_2_4(weight))[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zeros": jnp.zeros((1, 1))}, r"zeros \(1, 1\)"),
+        ({"scales": jnp.ones((1, 8), jnp.int32)}, "scales int32 must be floating-point"),
+        ({"values": jnp.ones((8, 64), jnp.int32)}, "values int32 with scales are not one of int8"),
+        ({"outlier_columns": jnp.array([3])}, "come together or not at all"),
+        (
+            {"outlier_columns": jnp.array([300]), "outlier_values": jnp.ones((8, 1))},
+            r"outlier columns must be from 0 to 63, got \[300\]",
+        ),
+        ({"outlier_columns": jnp.array([3]), "outlier_values": jnp.ones((8, 2))}, r"outlier_values \(8, 2\) must be"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_named(changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(tensors.quantize(jnp.ones((8, 64)), "int8"), **changes).check()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int4", 9), ("int8", 200), ("int4", -9)])
+def test_values_that_do_not_fit_are_named(dtype: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{dtype} values .* to {max(value, 1)}|from {value} to"):
+        tensors.assemble(jnp.full((2, 8), value), jnp.ones((1, 2)), dtype=dtype)

@@ -48,6 +48,22 @@ def test_a_measured_entry_is_found_and_the_rest_stays_default(table: dict, caplo
     assert all("default block sizes" in message for message in messages[1:])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("{}", "kernels"),
+        (json.dumps({"kernels": {KERNEL: [{"blocks": {}}]}}), "key"),
+        (json.dumps({"kernels": {"attention.none": [{"key": KEY, "blocks": {}}]}}), "attention.none"),
+        (json.dumps({"kernels": {KERNEL: [{"key": {"phase": "decode"}, "blocks": {}}]}}), "has phase, .*, not phase"),
+        (json.dumps({"kernels": {KERNEL: [{"key": KEY, "blocks": {"a": 0}}]}}), "integers above 0, not {'a': 0}"),
+    ],
+)
+def test_a_broken_table_is_named(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"v6e.json is not a table of block sizes: .*{words}"):
+        tuning.read_table(text, "v6e.json")
+
+
 def test_a_wrong_key_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"is tuned by phase, .*; got phase"):
         tuning.block_sizes(KERNEL, TPU, {}, phase="decode")

@@ -98,6 +98,11 @@ def test_info_prints_one_document(capfd):
         (["demo", "--clients", "0"], "clients=0"),
         (["info", "--kernels", "--device", "v9"], "device 'v9' is not one of v5e"),
         (["info", "--device", "v6e"], "--device v6e needs --kernels"),
+        (["info", "--kernels", "--device", ""], "device '' is not one of v5e"),
+        (["info", "--kernels", "--kv-dtype", "int8"], "leave out MODEL and the engine's options"),
+        (["info", "--kernels", str(MODEL)], "leave out MODEL and the engine's options"),
+        (["generate", "--prompt", "x", "--matmul-backend", "mosaic_tpu"], "matmul_backend=mosaic_tpu: "),
+        (["generate", "--prompt", "x", "--attention-backend", "triton"], "it is for cuda and rocm, the device is cpu"),
         (["frobnicate"], "invalid choice"),
     ],
 )

@@ -98,6 +98,7 @@ def lowered(device: Device, call: Any, *args: Any) -> str:
         return jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.accelerators
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("head_dim", backend.HEAD_DIMS)
 @pytest.mark.parametrize("device", [H100, H200], ids=str)
@@ -107,6 +108,7 @@ def test_lowers(device: Device, head_dim: int, phase: str) -> None:
     assert lowered(device, attention.attend, *args).count("@mosaic_gpu") == 1
 
 
+@pytest.mark.accelerators
 @pytest.mark.parametrize(
     ("spec", "options"),
     [
@@ -123,6 +125,7 @@ def test_lowers_with_options(spec: KVSpec, options: dict[str, Any]) -> None:
     assert text.count("@mosaic_gpu") == 2
 
 
+@pytest.mark.accelerators
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_both_routes_of_the_weights_lower(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     """What interpret mode runs (weights through shared memory) is itself a kernel for the real thing."""

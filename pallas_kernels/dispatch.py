@@ -61,7 +61,11 @@ class Op:
         """
         case = {**case, "device": device}
         if backend == "auto":
-            return self._first_willing(case)
+            name, reasons = self.first_willing(**case)
+            if name is None:
+                raise BackendError(f"no {self.name} backend takes {_describe(case)}: {_join(reasons)}")
+            self._log_once(name, reasons, case)
+            return name, self.load(name)
         reason = self.refuse(backend, **case)
         if reason is None:
             return backend, self.load(backend)
@@ -69,17 +73,17 @@ class Op:
         advice = f"what would work: auto, {', '.join(willing)}" if willing else "no other backend takes it either"
         raise BackendError(f"{self.name} backend {backend!r} refuses {_describe(case)}: {reason} ({advice})")
 
-    def _first_willing(self, case: dict[str, Any]) -> tuple[str, Any]:
+    def first_willing(self, **case: Any) -> tuple[str | None, dict[str, str]]:
+        """The backend an automatic choice takes (None: all but the reference refuse), and why those before it do not."""
         reasons: dict[str, str] = {}
         for name in self.backends:
             if name == REFERENCE:
                 continue
             reason = self.refuse(name, **case)
             if reason is None:
-                self._log_once(name, reasons, case)
-                return name, self.load(name)
+                return name, reasons
             reasons[name] = reason
-        raise BackendError(f"no {self.name} backend takes {_describe(case)}: {_join(reasons)}")
+        return None, reasons
 
     def _log_once(self, chosen: str, reasons: dict[str, str], case: dict[str, Any]) -> None:
         described = _describe(case)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import attention, grouped_matmul, matmul
 from pallas_kernels.attention import KVSpec, storage
 from pallas_kernels.devices import Device
-from pallas_kernels.dispatch import REFERENCE, Op
+from pallas_kernels.dispatch import Op
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.matmul import cases as matmul_cases
 
@@ -35,18 +35,7 @@ class Answer:
 
 def survey(device: Device) -> list[Answer]:
     """An answer per operation and case, in the order of the operations."""
-    return [_answer(op, name, device, case) for op, name, case in _cases(device)]
-
-
-def _answer(op: Op, name: str, device: Device, case: dict[str, Any]) -> Answer:
-    refusals: dict[str, str] = {}
-    for backend in op.backends:
-        reason = None if backend == REFERENCE else op.refuse(backend, device=device, **case)
-        if backend != REFERENCE and reason is None:
-            return Answer(op.name, name, backend, refusals)
-        if reason is not None:
-            refusals[backend] = reason
-    return Answer(op.name, name, None, refusals)
+    return [Answer(op.name, name, *op.first_willing(device=device, **case)) for op, name, case in _cases(device)]
 
 
 def _cases(device: Device) -> Iterator[tuple[Op, str, dict[str, Any]]]:

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import sys
 import time
@@ -20,21 +19,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if importlib.util.find_spec("pallas_kernels") is None:  # not installed: run from the checkout
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it need not be installed
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from pallas_kernels import attention, devices, grouped_matmul, matmul, workloads  # noqa: E402
-from pallas_kernels.attention import cases as attention_cases  # noqa: E402
-from pallas_kernels.devices import Device  # noqa: E402
-from pallas_kernels.dispatch import REFERENCE, BackendError, Op  # noqa: E402
-from pallas_kernels.grouped_matmul import cases as grouped_cases  # noqa: E402
-from pallas_kernels.matmul import cases as matmul_cases  # noqa: E402
-from pallas_kernels.timing import Timing, compare  # noqa: E402
-from pallas_kernels.workloads import AttentionWork, MatmulWork  # noqa: E402
+from pallas_kernels import attention, devices, grouped_matmul, matmul, workloads
+from pallas_kernels.attention import cases as attention_cases
+from pallas_kernels.devices import Device
+from pallas_kernels.dispatch import REFERENCE, BackendError, Op
+from pallas_kernels.grouped_matmul import cases as grouped_cases
+from pallas_kernels.matmul import cases as matmul_cases
+from pallas_kernels.timing import Timing, compare
+from pallas_kernels.workloads import AttentionWork, MatmulWork
 
 PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "numpy", "flax", "libtpu")
 COPY_BYTES = 1 << 31

@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if importlib.util.find_spec("pallas_kernels") is None:  # not installed: run from the checkout
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it need not be installed
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from pallas_kernels import attention, devices, grouped_matmul, matmul, tuning  # noqa: E402
-from pallas_kernels.devices import Device  # noqa: E402
-from pallas_kernels.timing import compare  # noqa: E402
-from pallas_kernels.workloads import AttentionWork, Call, MatmulWork  # noqa: E402
-from sharding import topology  # noqa: E402
+from pallas_kernels import attention, devices, grouped_matmul, matmul, tuning
+from pallas_kernels.devices import Device
+from pallas_kernels.timing import compare
+from pallas_kernels.workloads import AttentionWork, Call, MatmulWork
+from sharding import topology
 
 LEAST_GAIN = 0.02  # of the time: less is noise
 HEADS = ((32, 8, 128), (32, 32, 128), (32, 8, 64), (16, 8, 256), (64, 8, 128))  # query heads, KV heads, head_dim
@@ -171,7 +168,7 @@ def main() -> int:
     device = devices.current()
     if device.platform == "cpu":
         parser.error("no accelerator here: the CPU's kernels have no block sizes to tune")
-    out = args.out or ROOT / "pallas_kernels" / "tuning" / f"{device.name}.json"
+    out = args.out or Path(tuning.__file__).parent / "tuning" / f"{device.name}.json"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     head = {"device_kind": jax.devices()[0].device_kind, "versions": versions}
     kernels = json.loads(out.read_text())["kernels"] if out.exists() else {}

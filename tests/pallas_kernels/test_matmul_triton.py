@@ -76,7 +76,7 @@ def test_lowers_through_jax_triton() -> None:
 @pytest.mark.parametrize(("in_size", "out_size"), [(4096, 14336), (14336, 4096), (4096, 4096)])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_few_rows_fill_the_device_in_one_wave(rows: int, in_size: int, out_size: int) -> None:
-    """At least two programs per core, and no more than fit by registers, at any shape of a large layer."""
+    """About two programs per core, and no more than fit by registers, at any shape of a large layer."""
     device = devices.named("h200")
     launch = launch_of(device, "int4/g128", rows, in_size, out_size)
     resident = 4 if launch.constants["OUTS"] == 64 else 3

@@ -74,7 +74,7 @@ class Op:
         raise BackendError(f"{self.name} backend {backend!r} refuses {_describe(case)}: {reason} ({advice})")
 
     def first_willing(self, **case: Any) -> tuple[str | None, dict[str, str]]:
-        """The backend an automatic choice takes (None: all but the reference refuse), and why those before it refuse."""
+        """The backend an automatic choice takes (None: only the reference would), and why those before it refuse."""
         reasons: dict[str, str] = {}
         for name in self.backends:
             if name == REFERENCE:

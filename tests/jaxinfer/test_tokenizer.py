@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxinfer.config import ConfigError
+from jaxinfer.detokenize import ByteDecoder, ChainDecoder, WindowDecoder, clean_up_spaces
 from jaxinfer.request import RequestError
 from jaxinfer.tokenizer import MAX_TOKEN_IDS, StopMatcher, Tokenizer
+from jaxinfer.tokenizer_config import read_settings
 
 TEXT = [
     "def main(arguments):\n    return [str(a) for a in arguments]\n",
@@ -70,7 +73,46 @@ def no_decoder() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-KINDS = {build.__name__: Tokenizer(build()) for build in (byte_level, sentencepiece, metaspace, word_piece, no_decoder)}
+def strips_three() -> tokenizers.Tokenizer:
+    """Two replacements, and up to three spaces off the beginning."""
+    tokenizer = sentencepiece()
+    replace = decoders.Replace("▁", " "), decoders.Replace("ab", "  ")
+    tokenizer.decoder = decoders.Sequence([*replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 3)])
+    return tokenizer
+
+
+def not_fused() -> tokenizers.Tokenizer:
+    """Like gemma's, and no two steps make one text of the tokens."""
+    tokenizer = sentencepiece()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    return tokenizer
+
+
+def vanishing() -> tokenizers.Tokenizer:
+    """A token that is replaced by nothing ends a run of bytes all the same."""
+    tokenizer = sentencepiece()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("a", ""), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def strips_each() -> tokenizers.Tokenizer:
+    """Strips every token, and at its end: no table knows it."""
+    tokenizer = sentencepiece()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 0, 1)]
+    )
+    return tokenizer
+
+
+def fused() -> tokenizers.Tokenizer:
+    tokenizer = sentencepiece()
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+CHAINS = (sentencepiece, strips_three, not_fused, fused)
+WINDOWS = (metaspace, word_piece, no_decoder, vanishing, strips_each)
+KINDS = {build.__name__: Tokenizer(build()) for build in (byte_level, *CHAINS, *WINDOWS)}
 
 PIECES = ["<s>", "</s>", "[SEP]", "   wide  ", "日本", "def ", "▁", "  ", "\n", "👍🏽", "e\u0301", "\x00", "\ufffd"]
 
@@ -144,18 +186,104 @@ def test_ids_past_the_vocabulary_are_nothing() -> None:
         assert decoder.push([tokenizer.vocab_size, 10**6]) + decoder.flush() == ""
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace", "word_piece"])
-def test_streaming_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, work = Tokenizer(KINDS[kind]._tokenizer), []
-    decode = tokenizer.decode
-    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: work.append(len(ids)) or decode(ids, **options))
-    decoder = tokenizer.incremental()
-    replacement = next(i for i, token in enumerate(tokenizer._all_tokens) if token is not None and "\ufffd" in token)
+def test_each_kind_has_the_decoder_made_for_it() -> None:
+    made = {name: type(tokenizer.incremental()) for name, tokenizer in KINDS.items()}
+    assert made.pop("byte_level") is ByteDecoder
+    assert all(made.pop(build.__name__) is ChainDecoder for build in CHAINS)
+    assert set(made.values()) == {WindowDecoder} and len(made) == len(WINDOWS)
+
+
+class CountedTokenizer:
+    """Counts the ids that are decoded."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self.num_decoded = 0
+
+    def decode(self, ids: list[int], **options: bool) -> str:
+        self.num_decoded += len(ids)
+        return self._tokenizer.decode(ids, **options)
+
+
+@pytest.mark.parametrize("kind", [build.__name__ for build in WINDOWS])
+def test_windows_decode_a_linear_number_of_ids(kind: str) -> None:
+    decoder = KINDS[kind].incremental()
+    assert isinstance(decoder, WindowDecoder)
+    counted = decoder._tokenizer = CountedTokenizer(decoder._tokenizer)  # type: ignore[assignment]
+    replacement = next(i for i, token in enumerate(decoder._tokens) if token is not None and "\ufffd" in token)
     ids = list(range(2, 12)) * 20 + [replacement] * 200 + [9] * 200
     for token in ids:
         decoder.push([token])
     decoder.flush()
-    assert sum(work) < 12 * len(ids)  # decoding everything at each step would be 300 times the ids
+    assert counted.num_decoded < 12 * len(ids)  # decoding everything at each step would be 300 times the ids
+
+
+@pytest.mark.parametrize("kind", ["byte_level", *(build.__name__ for build in CHAINS)])
+def test_tables_look_every_id_up_once_and_hold_no_more_than_a_run(kind: str) -> None:
+    looked_up = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            looked_up.append(index)
+            return super().__getitem__(index)
+
+    decoder = KINDS[kind].incremental()
+    decoder._table = Counted(decoder._table)  # type: ignore[attr-defined]
+    ids = [KINDS[kind].encode("a", add_special_tokens=False)[-1], 3 + 0xE2, 3 + 0x82] * 500
+    for token in ids:
+        decoder.push([token])
+        assert len(getattr(decoder, "_run", ())) <= 2
+    decoder.flush()
+    assert looked_up == ids
+
+
+CLEANED = [
+    " ", "  ", " .", " ?", " !", " ,", "'", " '", "' ", " ' ", "n", " n", "n't", " n't", "'m", " 'm", "'s", " 's",
+    "'v", " 've", "ve", "'r", " 're", "re", "t", "e", "word", ".", "do", "not", "\n", "é",
+]  # fmt: skip
+
+
+def cleaning() -> Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(CLEANED)}, unk_token=" "))
+    tokenizer.decoder = decoders.Fuse()
+    return Tokenizer(tokenizer, dataclasses.replace(read_settings("no such directory"), clean_up_spaces=True))
+
+
+CLEANING = cleaning()
+
+
+@given(st.lists(st.lists(st.integers(0, len(CLEANED) - 1), max_size=4), max_size=30))
+@settings(max_examples=1000)
+def test_cleaned_pieces_are_the_cleaned_text(chunks: list[list[int]]) -> None:
+    tokenizer = CLEANING
+    decoder = tokenizer.incremental()
+    ids = [token for chunk in chunks for token in chunk]
+    text = "".join([decoder.push(chunk) for chunk in chunks]) + decoder.flush()
+    assert text == tokenizer.decode(ids) == clean_up_spaces("".join(CLEANED[token] for token in ids))
+
+
+def test_cleaning_holds_little_back() -> None:
+    decoder = CLEANING.incremental()
+    pieces = [decoder.push([CLEANED.index(token)]) for token in ("word", "word", " ", "not", " n't", " .", "word")]
+    assert [*pieces, decoder.flush()] == ["wor", "dwor", "d", " no", "t", "n't", ".wor", "d"]
+
+
+@pytest.mark.parametrize("switch", ["clean_up_tokenization_spaces", None])
+def test_spaces_are_cleaned_up_where_the_config_says_so(switch: str | None, tmp_path: Path) -> None:
+    for build, cleans in ((word_level, True), (byte_level, False)):  # for BPE it would be damage
+        build().save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({switch: True} if switch else {}))
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer is not None
+        ids = tokenizer.encode("do n't .", add_special_tokens=False)
+        assert tokenizer.decode(ids) == ("don't." if cleans and switch else "do n't .")
+
+
+def word_level() -> tokenizers.Tokenizer:
+    words = ["do", "n't", ".", "?"]
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -163,6 +291,115 @@ def test_streaming_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_tokenizer_file_is_none(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "vocab.json"])
+def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"has {name} but no tokenizer\.json.*save_pretrained.*or remove the file"):
+        Tokenizer.load(tmp_path)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path) is not None
+
+
+def loaded(directory: Path, settings: dict[str, object] | None = None, **files: dict[str, object]) -> Tokenizer:
+    """byte_level() with a tokenizer_config.json and other files."""
+    byte_level().save(str(directory / "tokenizer.json"))
+    for name, content in {"tokenizer_config": settings or {}, **files}.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_tokens_of_the_config_are_added(tmp_path: Path) -> None:
+    tokenizer = loaded(tmp_path, {"eos_token": "<eos>", "image_token": "<image>", "extra_special_tokens": ["<x>"]})
+    first = KINDS["byte_level"].vocab_size
+    ids = tokenizer.encode("<eos><image><x>a", add_special_tokens=False)
+    assert ids[:3] == [first, first + 1, first + 2] and tokenizer.vocab_size == first + 3
+    assert tokenizer.decode(ids) == "a" and tokenizer.decode(ids, skip_special_tokens=False) == "<eos><image><x>a"
+
+
+def test_properties_of_the_config_replace_those_of_the_tokenizer(tmp_path: Path) -> None:
+    entry = {"content": "日本", "special": True, "lstrip": True, "normalized": False}
+    tokenizer = loaded(tmp_path, {"added_tokens_decoder": {"341": entry}})
+    ids = tokenizer.encode("a  日本", add_special_tokens=False)
+    assert len(ids) == 2 and tokenizer.decode(ids) == "a"
+    plain = loaded(tmp_path)
+    assert plain.decode(plain.encode("a  日本", add_special_tokens=False)) == "a  日本"
+
+
+def test_files_of_older_versions_are_read(tmp_path: Path) -> None:
+    named = {"eos_token": {"content": "日本", "lstrip": False}, "additional_special_tokens": ["<x>"]}
+    tokenizer = loaded(tmp_path, {}, special_tokens_map=named, added_tokens={"<y>": 700})
+    assert read_settings(tmp_path).special_tokens == {"eos_token": "日本"}
+    ids = tokenizer.encode("日本<x><y>", add_special_tokens=False)
+    assert len(ids) == 3 and tokenizer.decode(ids) == "<y>"  # what is named is special, whatever tokenizer.json says
+
+
+def test_special_tokens_in_a_text_may_be_text(tmp_path: Path) -> None:
+    assert loaded(tmp_path).encode("</s>", add_special_tokens=False) == [1]
+    split = loaded(tmp_path, {"split_special_tokens": True}).encode("</s>", add_special_tokens=False)
+    assert len(split) > 1 and 1 not in split
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_what_is_put_around_a_text_is_up_to_tokenizer_json(add_bos: bool, tmp_path: Path) -> None:
+    tokenizer = loaded(tmp_path, {"bos_token": "</s>", "add_bos_token": add_bos, "add_eos_token": add_bos})
+    assert tokenizer.encode("a") == KINDS["byte_level"].encode("a")
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "tokens"),
+    [
+        ({"legacy": False}, "llama", ["▁a", "<s>", "a"]),
+        ({}, "llama", ["▁a", "<s>", "a"]),
+        ({}, None, ["▁a", "<s>", "a"]),
+        ({"legacy": True}, "llama", ["▁a", "<s>", "▁a"]),
+        ({"add_prefix_space": False}, "llama", ["a", "<s>", "a"]),
+        ({}, "mistral", ["<unk>", "a", "<s>", "<unk>", "a"]),  # tokenizer.json as it is
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, "llama", ["<unk>", "a", "<s>", "<unk>", "a"]),
+    ],
+)
+def test_llamas_go_by_their_legacy_flag(
+    config: dict[str, object], model_type: str | None, tokens: list[str], tmp_path: Path
+) -> None:
+    """As transformers 5: tests/goldens_chat/llama2 and mistral have whole prompts."""
+    source = sentencepiece()
+    source.normalizer = normalizers.Prepend("_")  # to tell which was used
+    source.pre_tokenizer = None
+    source.model.byte_fallback = False
+    source.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast"} | config))
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer is not None
+    ids = tokenizer.encode("a<s>a", add_special_tokens=False)
+    assert [tokenizer._tokenizer.id_to_token(token) for token in ids] == tokens
+    assert ("bos_token" in read_settings(tmp_path).special_tokens) == ("<unk>" not in tokens)
+
+
+def test_a_byte_level_llama_is_taken_as_it_is(tmp_path: Path) -> None:
+    tokenizer = loaded(tmp_path, {"tokenizer_class": "LlamaTokenizer"}, config={"model_type": "llama"})
+    assert tokenizer.encode("a b") == KINDS["byte_level"].encode("a b")
+    assert read_settings(tmp_path).special_tokens == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"split_special_tokens": "yes"}, "split_special_tokens='yes' is neither true nor false"),
+        ({"eos_token": 3}, "eos_token: 3 is neither a token's text nor an object with its content"),
+        ({"eos_token": {"content": "x", "lstrip": 1}}, "eos_token: lstrip=1 is neither true nor false"),
+        ({"extra_special_tokens": 3}, "extra_special_tokens=3 is neither a list nor a dict of tokens"),
+        ({"extra_special_tokens": [3]}, "extra_special_tokens: 3 is neither a token's text"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_named(config: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        loaded(tmp_path, config)
+    assert str(tmp_path / "tokenizer_config.json") in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0"}', '{"model": {"type": "Unknown"}}'])

@@ -10,41 +10,97 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from jaxinfer.rope import LengthRule, RopeSpec, length_rule
+
+if TYPE_CHECKING:
+    from jaxinfer.weight_formats import Quantization
 
 
 class ConfigError(ValueError):
     """A configuration value that cannot be honoured; the message names the value and the choices."""
 
 
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's rope scaling: long wavelengths slowed by `factor`, short ones kept, a smooth ramp between.
+NORMS = ("rms", "layer")
+NORM_PLACES = ("before", "after", "around")
+QK_NORMS = (None, "head", "projection")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
+ROUTINGS = ("softmax_then_top_k", "top_k_then_softmax")
 
-    Source: Llama 3.1 reference implementation (Meta, 2024); "The Llama 3 Herd of Models", section 3.4.2.
+
+@dataclass(frozen=True)
+class NormSpec:
+    """Root-mean-square norm (Zhang & Sennrich 2019) or layer norm with a bias (Ba et al. 2016), in float32.
+
+    The scale is `offset + weight`; `scale_in_float32`: it is applied before rounding to the activations' dtype.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+    eps: float
+    kind: str = "rms"
+    offset: float = 0.0
+    scale_in_float32: bool = False
 
 
 @dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding (Su et al. 2021), rotate-half convention. Frozen, so layers can share one."""
+class ActivationSpec:
+    """A feed-forward layer's nonlinearity; `alpha` and `limit` are GPT-OSS's clamped SwiGLU."""
 
-    theta: float
-    scaling: Llama3Scaling | None = None
+    name: str = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """A mixture of experts (Shazeer et al. 2017): each token goes through `per_token` of `num_experts` small MLPs."""
+
+    num_experts: int
+    per_token: int
+    ffn_size: int
+    routing: str = "softmax_then_top_k"
+    renormalize: bool = True  # the chosen experts' weights sum to one
+    bias: bool = False  # of the router and of the experts
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.num_experts:
+            raise ConfigError(f"per_token={self.per_token} experts must be from 1 to num_experts={self.num_experts}")
+        if self.ffn_size < 1:
+            raise ConfigError(f"the experts' ffn_size={self.ffn_size} must be at least 1")
+        _choice("routing", self.routing, ROUTINGS)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one decoder layer is, where layers differ."""
+    """What one decoder layer is, where layers differ; None in a size means the model's."""
 
     window: int | None = None  # tokens a query sees, itself included; None = all
     kv_from: int | None = None  # an earlier layer whose K/V this layer reads (cross-layer attention)
     rope: RopeSpec | None = None  # None = no rotation
+    experts: ExpertsSpec | None = None  # None = a dense MLP
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    ffn_size: int | None = None
+    k_eq_v: bool = False  # values are made of the keys' projection
+    activation_sparsity: float = 0.0  # share of the gate's units that are cut off (Gemma 3n)
+
+
+@dataclass(frozen=True)
+class PerLayerInputSpec:
+    """Per-layer embeddings (Gemma 3n): each layer adds a small embedding of the token, gated by its hidden state."""
+
+    size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class AltUpSpec:
+    """Alternating updates (Baykal et al. 2023) and learned augmented residuals (LAuReL, Menghani et al. 2024)."""
+
+    num_streams: int
+    active: int
+    scale_corrected: bool
+    laurel_rank: int
 
 
 @dataclass(frozen=True)
@@ -58,35 +114,85 @@ class ModelConfig:
     q_heads: int
     kv_heads: int
     head_dim: int
-    norm_eps: float
+    norm: NormSpec
     tie_embeddings: bool
     max_position: int
     layers: tuple[LayerSpec, ...]
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    decoder: str = "transformer"  # the module class that computes it (models/transformer.py)
+    activation: ActivationSpec = ActivationSpec()
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    norm_place: str = "before"  # of attention and MLP: their input, their output, or both
+    qk_norm: str | None = None  # RMS norm of queries and keys: of each head, or of the whole projection
+    v_norm: bool = False  # RMS norm without a scale of each value head
+    sinks: bool = False  # a learned logit per query head that takes probability and has no value
+    attention_scale: float | None = None  # None = 1 / sqrt(head_dim)
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float | None = None
+    per_layer_input: PerLayerInputSpec | None = None
+    alt_up: AltUpSpec | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "ffn_size", "q_heads", "kv_heads", "head_dim", "max_position"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.q_heads % self.kv_heads:
-            raise ConfigError(f"q_heads={self.q_heads} must be a multiple of kv_heads={self.kv_heads}")
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
         if not self.layers:
             raise ConfigError("a model needs at least one layer")
-        for index, layer in enumerate(self.layers):
-            if layer.window is not None and layer.window < 1:
-                raise ConfigError(f"layer {index}: window={layer.window} must be at least 1, or None for all tokens")
-            if layer.kv_from is not None:
-                if not 0 <= layer.kv_from < index or self.layers[layer.kv_from].kv_from is not None:
-                    raise ConfigError(
-                        f"layer {index}: kv_from={layer.kv_from} must name an earlier layer that owns K/V"
-                    )
-                if self.layers[layer.kv_from].window != layer.window:
-                    raise ConfigError(
-                        f"layer {index}: window must equal that of layer {layer.kv_from}, whose K/V it reads"
-                    )
+        _choice("norm", self.norm.kind, NORMS)
+        _choice("norm_place", self.norm_place, NORM_PLACES)
+        _choice("qk_norm", self.qk_norm, QK_NORMS)
+        _choice("activation", self.activation.name, ACTIVATIONS)
+        for index in range(len(self.layers)):
+            self._check_layer(index)
+        try:
+            length_rule(layer.rope for layer in self.layers)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_layer(self, index: int) -> None:
+        layer, kv = self.layers[index], self.kv_shape(index)
+        if self.q_heads % kv.kv_heads:
+            raise ConfigError(f"q_heads={self.q_heads} must be a multiple of kv_heads={kv.kv_heads}")
+        if kv.head_dim % 2:
+            raise ConfigError(f"head_dim={kv.head_dim} must be even for rotary embedding")
+        if layer.window is not None and layer.window < 1:
+            raise ConfigError(f"layer {index}: window={layer.window} must be at least 1, or None for all tokens")
+        if layer.kv_from is not None:
+            if not 0 <= layer.kv_from < index or self.layers[layer.kv_from].kv_from is not None:
+                raise ConfigError(f"layer {index}: kv_from={layer.kv_from} must name an earlier layer that owns K/V")
+            if self.layers[layer.kv_from].window != layer.window or self.kv_shape(layer.kv_from) != kv:
+                raise ConfigError(
+                    f"layer {index}: window and K/V shape must equal those of layer {layer.kv_from}, whose K/V it reads"
+                )
+
+    def kv_shape(self, index: int) -> KVShape:
+        """KV heads and head_dim of a layer."""
+        layer = self.layers[index]
+        return KVShape(layer.kv_heads or self.kv_heads, layer.head_dim or self.head_dim)
+
+    def kv_owner(self, index: int) -> int:
+        """The layer whose K/V a layer reads: itself, or an earlier one."""
+        owner = self.layers[index].kv_from
+        return index if owner is None else owner
+
+    @property
+    def length_rule(self) -> LengthRule | None:
+        """How rotation depends on a sequence's length, if it does."""
+        return length_rule(layer.rope for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a token's K, and its V, is in one layer: `kv_heads` x `head_dim` values."""
+
+    kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -94,16 +200,22 @@ class PageGroup:
     """Layers whose K/V pages are handed out together: one page table per sequence and group."""
 
     window: int | None
+    shape: KVShape
     layers: tuple[int, ...]  # indices of the K/V-owning layers
 
 
 def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
-    """One group per distinct window, in order of first appearance (K/V shapes are equal within a model today)."""
-    owners: dict[int | None, list[int]] = {}
+    """One group per distinct (window, K/V shape), in order of first appearance."""
+    owners: dict[tuple[int | None, KVShape], list[int]] = {}
     for index, layer in enumerate(config.layers):
         if layer.kv_from is None:
-            owners.setdefault(layer.window, []).append(index)
-    return tuple(PageGroup(window, tuple(layers)) for window, layers in owners.items())
+            owners.setdefault((layer.window, config.kv_shape(index)), []).append(index)
+    return tuple(PageGroup(window, shape, tuple(layers)) for (window, shape), layers in owners.items())
+
+
+def _choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
 
 
 BATCHING = ("continuous", "dynamic", "static")
@@ -183,6 +295,9 @@ class EngineConfig:
     seed: int = _flag(0, "seed for requests that bring none", limits=(-(2**63), 2**63 - 1))
     attention_backend: str = _flag("auto", "attention kernel", ATTENTION_BACKENDS)
     matmul_backend: str = _flag("auto", "matrix multiplication kernel", MATMUL_BACKENDS)
+    invariant: bool = _flag(
+        False, "a request's bits do not depend on its batch, in bfloat16 too (on CPUs; docs/invariance.md has the cost)"
+    )
     compilation_cache_dir: str | None = _flag(
         None, "persistent compilation cache (default: ~/.cache/jaxinfer/xla; empty string: off)"
     )

@@ -1,6 +1,7 @@
 """Which architectures exist, and how a Hugging Face directory becomes a ModelConfig.
 
-An architecture is one file with a config function and a `WEIGHTS` name table, and one line here. Imports no jax.
+An architecture is one file with a config function and a name table (`WEIGHTS`, or `weights(config)`), and one line
+here. Imports no jax.
 """
 
 from __future__ import annotations
@@ -15,12 +16,32 @@ from typing import Any
 
 from jaxinfer.config import ConfigError, ModelConfig
 from jaxinfer.models.hugging_face import Fields, without_duplicates
+from jaxinfer.models.quantization_config import read_quantization
+from jaxinfer.models.sources import Source
+from jaxinfer.weight_formats import WeightFormat
 
-# Hugging Face architecture name -> "module:config function"; the module's WEIGHTS maps our names to theirs.
+# Hugging Face architecture name -> "module:config function"; the module's table maps our names to theirs.
 ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "jaxinfer.models.llama:config",
     "MistralForCausalLM": "jaxinfer.models.mistral:config",
     "MinistralForCausalLM": "jaxinfer.models.mistral:ministral_config",
+    "MixtralForCausalLM": "jaxinfer.models.mixtral:config",
+    "Qwen2ForCausalLM": "jaxinfer.models.qwen2:config",
+    "Qwen3ForCausalLM": "jaxinfer.models.qwen3:config",
+    "Qwen3MoeForCausalLM": "jaxinfer.models.qwen3_moe:config",
+    "GemmaForCausalLM": "jaxinfer.models.gemma:config",
+    "Gemma2ForCausalLM": "jaxinfer.models.gemma:config2",
+    "Gemma3ForCausalLM": "jaxinfer.models.gemma3:config",
+    "Gemma3ForConditionalGeneration": "jaxinfer.models.gemma3:multimodal_config",
+    "Gemma3nForCausalLM": "jaxinfer.models.gemma3n:config",
+    "Gemma3nForConditionalGeneration": "jaxinfer.models.gemma3n:multimodal_config",
+    "Gemma4ForCausalLM": "jaxinfer.models.gemma4:config",
+    "Gemma4ForConditionalGeneration": "jaxinfer.models.gemma4:multimodal_config",
+    "Phi3ForCausalLM": "jaxinfer.models.phi3:config",
+    "Starcoder2ForCausalLM": "jaxinfer.models.starcoder2:config",
+    "Olmo2ForCausalLM": "jaxinfer.models.olmo2:config",
+    "GptOssForCausalLM": "jaxinfer.models.gpt_oss:config",
+    "JaxinferMiniForCausalLM": "jaxinfer.models.jaxinfer_mini:config",
 }
 
 
@@ -36,19 +57,40 @@ def load_config(model_dir: str | Path) -> ModelConfig:
     path = directory / "config.json"
     hf = _read_object(path)
     try:
-        config = _config_function(hf)(hf)
+        config = dataclasses.replace(_config_function(hf)(hf), quantization=read_quantization(hf))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return _with_generation_config(config, directory / "generation_config.json")
 
 
-def weight_name(architecture: str, name: str) -> str:
-    """Hugging Face's name of our parameter `name` (`layers.3.mlp.up.weight` -> `model.layers.3.mlp.up_proj.weight`)."""
-    weights: Mapping[str, str] = importlib.import_module(ARCHITECTURES[architecture].partition(":")[0]).WEIGHTS
+def weight_source(config: ModelConfig, name: str) -> Source:
+    """Where our parameter lies: `layers.3.mlp.up.weight` -> `Source("model.layers.3.mlp.up_proj.weight")`.
+
+    The architecture's table holds it under its own name, or under that with `{i}` for the layer.
+    """
+    module = _module(config.architecture)
+    weights = module.weights(config) if hasattr(module, "weights") else module.WEIGHTS
     layer = re.match(r"layers\.(\d+)\.", name)
-    if layer is None:
-        return weights[name]
-    return weights["layers.{i}." + name[layer.end() :]].format(i=layer[1])
+    key = name if layer is None or name in weights else "layers.{i}." + name[layer.end() :]
+    found: str | Source = weights[key]
+    source = Source(found) if isinstance(found, str) else found
+    return source if layer is None else source.in_layer(layer[1])
+
+
+def weight_format(config: ModelConfig, name: str) -> WeightFormat | None:
+    """What our parameter, a linear map's or experts' weight, is held as once loaded; None: a plain array."""
+    if config.quantization is None:
+        return None
+    return config.quantization.format_of(weight_source(config, name).name)
+
+
+def ignored_weights(config: ModelConfig) -> str | None:
+    """Pattern of stored tensors that may be there and are not read (a vision tower); None: there are none."""
+    return getattr(_module(config.architecture), "IGNORED", None)
+
+
+def _module(architecture: str) -> Any:
+    return importlib.import_module(ARCHITECTURES[architecture].partition(":")[0])
 
 
 def _config_function(hf: Mapping[str, Any]) -> Any:

@@ -7,10 +7,10 @@ is a model that silently computes something else, so an unknown one is an error 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jaxinfer.config import ConfigError, LayerSpec, Llama3Scaling, ModelConfig, RopeSpec
+from jaxinfer.config import ConfigError
 from jaxinfer.request import MAX_STOP_TOKEN_IDS
 
 # Fields that cannot change what a decoder computes at inference.
@@ -24,12 +24,20 @@ IRRELEVANT = frozenset(
         "transformers.js_config",
         "is_llama_config",
         "tokenizer_class",
+        "quantization_config",  # read by quantization_config.py
         "torch_dtype",  # the loader reads each tensor's own dtype, the caller chooses the target
         "dtype",
         # training
         "initializer_range",
         "attention_dropout",
         "hidden_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "embedding_dropout",
+        "residual_dropout",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "use_kernels",
         "classifier_dropout",
         "gradient_checkpointing",
         # how transformers itself runs, returns or labels things
@@ -41,6 +49,9 @@ IRRELEVANT = frozenset(
         "label2id",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
+        "cache_implementation",
+        "auto_map",  # code beside the file, which nothing here runs
         "problem_type",
         "return_dict",
         "torchscript",
@@ -52,18 +63,7 @@ IRRELEVANT = frozenset(
     }
 )
 
-# Fields that may be present with one value only: the one this decoder implements.
-FIXED: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Fields:
 
     def __init__(self, hf: Mapping[str, Any], prefix: str = ""):
         self._hf = hf
-        self._prefix = prefix
+        self.prefix = prefix
         self._read: set[str] = set()
 
     def get(self, name: str) -> Any:
@@ -96,26 +96,28 @@ class Fields:
         return name in self._hf
 
     def integer(self, name: str, default: int | None = None) -> int:
-        return _integer(self._prefix + name, self._required(name, default))
+        return _integer(self.prefix + name, self._required(name, default))
 
     def number(self, name: str, default: float | None = None) -> float:
-        return _number(self._prefix + name, self._required(name, default))
+        return _number(self.prefix + name, self._required(name, default))
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self.get(name)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r} must be true or false")
+            raise ConfigError(f"{self.prefix}{name}={value!r} must be true or false")
         return value
 
     def fixed(self, expected: Mapping[str, Any]) -> None:
-        """Refuse a field that is present with another value than the expected one."""
+        """Refuse a field that is present with another value than the expected one; one that was read stays as read."""
         for name, only in expected.items():
+            if name in self._read:
+                continue
             value = self.get(name)
             if value is not None and value != only:
-                choice = "its absence" if only is None else f"{self._prefix}{name}={only!r}"
-                raise ConfigError(f"{self._prefix}{name}={value!r} is not supported; supported: {choice}")
+                choice = "its absence" if only is None else f"{self.prefix}{name}={only!r}"
+                raise ConfigError(f"{self.prefix}{name}={value!r} is not supported; supported: {choice}")
 
     def token_ids(self, name: str, vocab_size: int, before: tuple[int, ...] = ()) -> tuple[int, ...]:
         """The ids `before` and then the field's, each once: one id or a list; absent or null is none."""
@@ -123,120 +125,69 @@ class Fields:
         ids = [] if value is None else value if isinstance(value, list) else [value]
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise ConfigError(f"{name}={_short(value)} must be token ids in [0, vocab_size={vocab_size})")
+                raise ConfigError(
+                    f"{self.prefix}{name}={_short(value)} must be token ids in [0, vocab_size={vocab_size})"
+                )
         found = tuple(dict.fromkeys([*before, *ids]))
         if len(found) > MAX_STOP_TOKEN_IDS:
             raise ConfigError(f"{name} makes {len(found)} ids; a request has room for {MAX_STOP_TOKEN_IDS} stop ids")
         return found
 
-    def rope(self) -> RopeSpec:
-        """Rotary embedding: transformers 5's `rope_parameters`, or `rope_theta` beside `rope_scaling` before that."""
-        tables = {name: self.get(name) for name in ("rope_parameters", "rope_scaling")}
-        given = {name: table for name, table in tables.items() if table is not None}
-        for name, table in given.items():
-            if not isinstance(table, dict):
-                raise ConfigError(f"{name}={table!r} must be an object")
-        if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
-            raise ConfigError(
-                f"rope_parameters={given['rope_parameters']} and rope_scaling={given['rope_scaling']} differ"
-            )
-        name, table = next(iter(given.items()), ("rope_parameters", {}))
-        inner = Fields(table, prefix=f"{name}.")
-        outer_theta = self.number("rope_theta", 10000.0)
-        theta = inner.number("rope_theta", outer_theta)
-        if theta != outer_theta and self.get("rope_theta") is not None:
-            raise ConfigError(f"rope_theta={outer_theta} and {name}.rope_theta={theta} differ")
-        if theta <= 0:
-            raise ConfigError(f"rope_theta={theta} must be positive")
-        scaled = _is_llama3(inner, name)
-        inner.fixed({"partial_rotary_factor": 1.0})
-        scaling = _llama3(inner, name) if scaled else None
-        inner.finish()
-        return RopeSpec(theta, scaling)
+    def choice(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
+        """What `choices` has for the field's value; `default` is a value too, for a field that is absent or null."""
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, list | dict) or value not in choices:
+            raise ConfigError(f"{self.prefix}{name}={_short(value)} is not supported; supported: {_listed(choices)}")
+        return choices[value]
+
+    def listed(self, name: str, length: int, kind: type | tuple[type, ...]) -> list[Any] | None:
+        """A list with an entry of `kind` for each of `length` layers; None when absent or null."""
+        value = self.get(name)
+        if value is None:
+            return None
+        fits = isinstance(value, list) and len(value) == length
+        if not fits or not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value):
+            raise ConfigError(f"{self.prefix}{name}={_short(value)} must list one entry for each of {length} layers")
+        return value
+
+    def layer_types(self, default: Callable[[int], str], choices: tuple[str, ...] = LAYER_TYPES) -> list[str]:
+        """`layer_types`, one per layer; where it is absent, `default(index)` says them."""
+        depth = self.integer("num_hidden_layers")
+        types = self.get("layer_types")
+        if types is None:
+            return [default(index) for index in range(depth)]
+        if not isinstance(types, list) or len(types) != depth:
+            raise ConfigError(f"layer_types={_short(types)} must list num_hidden_layers={depth} layers")
+        for kind in types:
+            if kind not in choices:
+                raise ConfigError(f"layer_types has {kind!r}; supported: {', '.join(choices)}")
+        return types
+
+    def table(self, name: str) -> Fields | None:
+        """The fields of an object inside this one; None when it is absent or null. Its owner calls `finish` on it."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ConfigError(f"{self.prefix}{name}={_short(value)} must be an object")
+        return Fields(value, prefix=f"{self.prefix}{name}.")
 
     def finish(self) -> None:
         """Refuse every field that nothing read and that is not known to be irrelevant."""
         unread = sorted(set(self._hf) - self._read - IRRELEVANT)
         if unread:
-            fields = ", ".join(f"{self._prefix}{name}={_short(self._hf[name])}" for name in unread)
+            fields = ", ".join(f"{self.prefix}{name}={_short(self._hf[name])}" for name in unread)
             raise ConfigError(
                 f"unknown field {fields}: it may change what the model computes, so it is refused; "
-                f"supported: {', '.join(self._prefix + name for name in sorted(self._read))}"
+                f"supported: {', '.join(self.prefix + name for name in sorted(self._read))}"
             )
 
     def _required(self, name: str, default: float | None) -> Any:
         value = self.get(name)
         if value is None and default is None:
-            raise ConfigError(f"{self._prefix}{name} is missing")
+            raise ConfigError(f"{self.prefix}{name} is missing")
         return default if value is None else value
-
-
-def decoder_config(
-    architecture: str,
-    fields: Fields,
-    windows: tuple[int | None, ...],
-) -> ModelConfig:
-    """The fields that Llama and its relatives share; `windows` has one entry per layer. Ends with `finish`.
-
-    A window that no sequence can outgrow is none, so that its layers share pages with those that see all tokens.
-    """
-    fields.fixed(FIXED)
-    embed_size, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    vocab_size = fields.integer("vocab_size")
-    if q_heads < 1 or (fields.get("head_dim") is None and embed_size % q_heads):
-        raise ConfigError(f"hidden_size={embed_size} is not a multiple of num_attention_heads={q_heads}; give head_dim")
-    rope, max_position = fields.rope(), fields.integer("max_position_embeddings")
-    windows = tuple(None if window is not None and window >= max_position else window for window in windows)
-    norm_eps = fields.number("rms_norm_eps")
-    if norm_eps < 0:
-        raise ConfigError(f"rms_norm_eps={norm_eps} must not be negative")
-    bos = fields.token_ids("bos_token_id", vocab_size)
-    config = ModelConfig(
-        architecture=architecture,
-        vocab_size=vocab_size,
-        embed_size=embed_size,
-        ffn_size=fields.integer("intermediate_size"),
-        q_heads=q_heads,
-        kv_heads=fields.integer("num_key_value_heads", q_heads),
-        head_dim=fields.integer("head_dim", embed_size // q_heads),
-        norm_eps=norm_eps,
-        tie_embeddings=fields.boolean("tie_word_embeddings", False),
-        max_position=max_position,
-        layers=tuple(LayerSpec(window=window, rope=rope) for window in windows),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
-    )
-    fields.finish()
-    return config
-
-
-def _is_llama3(inner: Fields, name: str) -> bool:
-    """Whether `rope_type` (`type` in older files) is llama3 rather than default."""
-    kinds = [kind for kind in (inner.get("rope_type"), inner.get("type")) if kind is not None]
-    for kind in kinds:
-        if kind not in ("default", "llama3"):
-            raise ConfigError(f"{name}.rope_type={kind!r} is not supported; supported: default, llama3")
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
-        raise ConfigError(f"{name}.rope_type={kinds[0]!r} and {name}.type={kinds[1]!r} differ")
-    return kinds[:1] == ["llama3"]
-
-
-def _llama3(inner: Fields, name: str) -> Llama3Scaling:
-    scaling = Llama3Scaling(
-        factor=inner.number("factor"),
-        low_freq_factor=inner.number("low_freq_factor"),
-        high_freq_factor=inner.number("high_freq_factor"),
-        original_max_position=inner.integer("original_max_position_embeddings"),
-    )
-    for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        if (value := inner.number(field)) <= 0:
-            raise ConfigError(f"{name}.{field}={value} must be positive")
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ConfigError(
-            f"{name}: high_freq_factor={scaling.high_freq_factor} must be over "
-            f"low_freq_factor={scaling.low_freq_factor}"
-        )
-    return scaling
 
 
 def _integer(name: str, value: Any) -> int:
@@ -255,6 +206,10 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{name}={_short(value)} must be finite")
     return number
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names))
 
 
 def _short(value: Any) -> str:

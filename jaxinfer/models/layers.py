@@ -1,4 +1,4 @@
-"""The parts a decoder layer is made of: linear maps, RMS norm, rotary embedding, attention projections, gated MLP.
+"""The parts a decoder layer is made of: linear maps, norms, rotary embedding, attention projections, MLP.
 
 Hides where weights lie and in which precision things are computed. Every parameter names its logical axes
 (`axes`), which sharding/ maps to a mesh; nothing here knows of meshes, pages or batches.
@@ -7,115 +7,255 @@ Hides where weights lie and in which precision things are computed. Every parame
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jaxinfer.config import ModelConfig, RopeSpec
+from jaxinfer.config import ActivationSpec, LayerSpec, ModelConfig, NormSpec
+from jaxinfer.models import weight_format
+from jaxinfer.models.quantized_checkpoint import abstract_weight
+from jaxinfer.rope import DynamicScaling, LongScaling, RopeSpec
 from pallas_kernels.matmul import matmul
 from pallas_kernels.reductions import row_sums
 
-# attend(layer_index, q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim] or None) -> like q
-Attend = Callable[[int, jax.Array, jax.Array | None, jax.Array | None], jax.Array]
-Rotation = tuple[jax.Array, jax.Array]  # cos, sin: f32[tokens, 1, head_dim // 2]
+# attend(layer_index, q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim] or None, sinks) -> like q
+Attend = Callable[[int, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None], jax.Array]
+Rotation = tuple[jax.Array, jax.Array]  # cos, sin: f32[tokens, 1, rotary_dim // 2]
+Rotations = Mapping[tuple[RopeSpec, int], Rotation]  # by rope and head_dim
 
 
-def parameter(shape: tuple[int, ...], dtype: jnp.dtype, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.Param:
-    """A weight of `shape`: ones for vectors (norm scales), else normal with the fan-in's scale."""
-    if len(shape) == 1:
-        return nnx.Param(jnp.ones(shape, dtype), axes=axes)
-    scale = 1.0 / math.sqrt(shape[-1])
-    return nnx.Param((scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype), axes=axes)
+@dataclass(frozen=True)
+class Build:
+    """How modules are made: dtype of parameters, which kernels multiply, and where random values come from."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    matmul_backend: str
+    rngs: nnx.Rngs
+    invariant: bool = False  # a row's bits must not depend on the other rows, in bfloat16 either
+    path: str = ""  # of the module being made, as parameters are named: "layers.3.attention."
+
+    def plain(self) -> Build:
+        """For weights that checkpoints never quantize."""
+        return replace(self, config=replace(self.config, quantization=None))
+
+    def at(self, name: str | int) -> Build:
+        """For a part of this module."""
+        return replace(self, path=f"{self.path}{name}.")
+
+
+def parameter(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, *, fill: float | None = None) -> nnx.Param:
+    """A weight that is never quantized: all `fill` (norm scales, biases), else normal with the fan-in's scale."""
+    if fill is not None:
+        return nnx.Param(jnp.full(shape, fill, build.dtype), axes=axes)
+    values = jax.random.normal(build.rngs.params(), shape, jnp.float32) / math.sqrt(shape[-1])
+    return nnx.Param(values.astype(build.dtype), axes=axes)
+
+
+def matrix(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, name: str = "weight") -> nnx.Param:
+    """A weight `[..., out, in]` as the checkpoint stores it: plain and then random, or quantized and then zero."""
+    stored = weight_format(build.config, build.path + name)
+    if stored is None:
+        return parameter(shape, axes, build)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_weight(stored, shape))
+    return nnx.Param(zeros, axes=axes, format=stored)
 
 
 class Linear(nnx.Module):
     """`x [rows, in] -> [rows, out]`; the weight is `[out, in]`, as Hugging Face stores it and a CPU reads it."""
 
-    def __init__(
-        self, in_size: int, out_size: int, axes: tuple[str, str], *, dtype: jnp.dtype, backend: str, rngs: nnx.Rngs
-    ):
-        self.weight = parameter((out_size, in_size), dtype, axes, rngs)
-        self.backend = backend
+    def __init__(self, in_size: int, out_size: int, axes: tuple[str, str], build: Build, *, bias: bool = False):
+        self.weight = matrix((out_size, in_size), axes, build)
+        if bias:
+            self.bias = parameter((out_size,), axes[:1], build, fill=0.0)
+        self.has_bias = bias
+        self.backend, self.invariant = build.matmul_backend, build.invariant
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.weight[...], backend=self.backend)
+        weight, how = self.weight.get_value(), {"backend": self.backend, "invariant": self.invariant}
+        if not self.has_bias:
+            return matmul(x, weight, **how)
+        product = matmul(x, weight, **how, out_dtype=jnp.float32)
+        return (product + self.bias[...]).astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019), in float32, scaled in the input's dtype."""
+class Norm(nnx.Module):
+    """What a NormSpec says, over the last axis."""
 
-    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = parameter((size,), dtype, ("embed",), rngs)
-        self.eps = eps
+    def __init__(self, size: int, spec: NormSpec, build: Build, *, axis: str = "embed"):
+        self.weight = parameter((size,), (axis,), build, fill=1.0 - spec.offset)
+        if spec.kind == "layer":
+            self.bias = parameter((size,), (axis,), build, fill=0.0)
+        self.spec = spec
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(row_sums(wide * wide) / x.shape[-1] + self.eps)
-        return (wide * scale[..., None]).astype(x.dtype) * self.weight[...]
+        if self.spec.kind == "layer":
+            wide = wide - (row_sums(wide) / x.shape[-1])[..., None]
+        normed = root_mean_square_norm(wide, self.spec.eps)
+        if self.spec.kind == "layer":
+            return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+        if self.spec.scale_in_float32:
+            return (normed * (self.spec.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * (self.spec.offset + self.weight[...])
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
-    """f32[head_dim // 2] radians per position. Sources: RoFormer (Su et al. 2021); Llama 3.1 for the scaling."""
-    frequency = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.scaling is not None:
-        s = rope.scaling
-        turns = s.original_max_position * frequency / (2 * math.pi)  # rotations within the original context
-        smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-        frequency = (1 - smooth) * frequency / s.factor + smooth * frequency
-    return frequency.astype(np.float32)
+def in_order(parts: Sequence[jax.Array]) -> jax.Array:
+    """Their sum, added one after the other: the same bits in every batch, which a reduction does not promise."""
+    return sum(parts[1:], start=parts[0])
 
 
-def rotation(rope: RopeSpec, head_dim: int, positions: jax.Array) -> Rotation:
-    """cos and sin for `positions: i32[tokens]`."""
-    angle = positions.astype(jnp.float32)[:, None, None] * inverse_frequencies(rope, head_dim)
-    return jnp.cos(angle), jnp.sin(angle)
+def root_mean_square_norm(x: jax.Array, eps: float) -> jax.Array:
+    """`x f32[..., n]` divided by the root of its mean square."""
+    return x * jax.lax.rsqrt(row_sums(x * x) / x.shape[-1] + eps)[..., None]
+
+
+def rotations(config: ModelConfig, positions: jax.Array, lengths: jax.Array | None) -> Rotations:
+    """What each distinct (rope, head_dim) of the layers turns the tokens by; see `rotation`."""
+    wanted = {
+        (layer.rope, config.kv_shape(index).head_dim)
+        for index, layer in enumerate(config.layers)
+        if layer.rope is not None
+    }
+    return {(rope, head_dim): rotation(rope, head_dim, positions, lengths) for rope, head_dim in wanted}
+
+
+def rotation(rope: RopeSpec, head_dim: int, positions: jax.Array, lengths: jax.Array | None = None) -> Rotation:
+    """cos and sin for tokens at `positions: i32[tokens]`.
+
+    `lengths: i32[tokens]`: the sequence length that picks a token's frequencies where the rope looks at it
+    (jaxinfer.rope.LengthRule); None: all tokens are one sequence.
+    """
+    sets = rope.frequencies(head_dim)
+    frequency: Any = sets[0]
+    if lengths is None:
+        lengths = jnp.full(positions.shape, positions.shape[0], jnp.int32)
+    if isinstance(rope.scaling, LongScaling):
+        frequency = jnp.where((lengths > rope.scaling.original_max_position)[:, None], sets[1], sets[0])
+    elif isinstance(rope.scaling, DynamicScaling):
+        frequency = _dynamic_frequencies(rope, rope.scaling, 2 * sets.shape[1], lengths)
+    angle = (positions.astype(jnp.float32)[:, None] * frequency)[:, None, :]
+    return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+
+
+def _dynamic_frequencies(rope: RopeSpec, scaling: DynamicScaling, dim: int, lengths: jax.Array) -> jax.Array:
+    """f32[tokens, dim // 2]: the base grows so that the longest wavelength spans `factor` times the length."""
+    length = jnp.maximum(lengths, scaling.original_max_position).astype(jnp.float32)
+    stretch = scaling.factor * length / scaling.original_max_position - (scaling.factor - 1)
+    log_base = math.log(rope.theta) + (dim / (dim - 2)) * jnp.log(stretch)
+    return jnp.exp(-log_base[:, None] * (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """Rotate `x [tokens, heads, head_dim]`; dimension i pairs with i + head_dim // 2."""
+    """Rotate the first dimensions of `x [tokens, heads, head_dim]`; of these, i pairs with i + half of them."""
     cos, sin = by
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    turned = [first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`. MHA, GQA and MQA differ only in `kv_heads`."""
+    """Projections around `attend`. MHA, GQA and MQA differ only in `kv_heads`; a layer may read another one's K/V."""
 
-    def __init__(self, config: ModelConfig, index: int, *, dtype: jnp.dtype, backend: str, rngs: nnx.Rngs):
-        self.index, self.head_dim = index, config.head_dim
-        self.owns_kv = config.layers[index].kv_from is None
-        q_size, kv_size = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-        kwargs: dict[str, Any] = {"dtype": dtype, "backend": backend, "rngs": rngs}
-        self.q = Linear(config.embed_size, q_size, ("heads", "embed"), **kwargs)
-        if self.owns_kv:
-            self.k = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), **kwargs)
-            self.v = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), **kwargs)
-        self.o = Linear(q_size, config.embed_size, ("embed", "heads"), **kwargs)
+    def __init__(self, config: ModelConfig, index: int, build: Build):
+        self.config, self.index = config, index
+        self.layer: LayerSpec = config.layers[index]
+        kv = config.kv_shape(index)
+        self.head_dim = kv.head_dim
+        q_size, kv_size = config.q_heads * kv.head_dim, kv.kv_heads * kv.head_dim
+        self.q = Linear(config.embed_size, q_size, ("heads", "embed"), build.at("q"), bias=config.qkv_bias)
+        if config.qk_norm is not None:
+            self.q_norm = Norm(self._norm_size(q_size), config.norm, build, axis="heads")
+        if self.layer.kv_from is None:
+            self.k = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), build.at("k"), bias=config.qkv_bias)
+            if not self.layer.k_eq_v:
+                self.v = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), build.at("v"), bias=config.qkv_bias)
+            if config.qk_norm is not None:
+                self.k_norm = Norm(self._norm_size(kv_size), config.norm, build, axis="kv_heads")
+        self.o = Linear(q_size, config.embed_size, ("embed", "heads"), build.at("o"), bias=config.o_bias)
+        if config.sinks:
+            self.sinks = parameter((config.q_heads,), ("heads",), build, fill=0.0)
 
-    def __call__(self, x: jax.Array, by: Rotation | None, attend: Attend) -> jax.Array:
-        q = self._heads(self.q(x), by)
-        k = self._heads(self.k(x), by) if self.owns_kv else None
-        v = self._heads(self.v(x), None) if self.owns_kv else None
-        return self.o(attend(self.index, q, k, v).reshape(x.shape[0], -1))
+    def __call__(self, x: jax.Array, by: Rotations, attend: Attend) -> jax.Array:
+        turn = None if self.layer.rope is None else by[self.layer.rope, self.head_dim]
+        q = self._positioned(self.q(x), "q_norm", turn)
+        k = v = None
+        if self.layer.kv_from is None:
+            keys = self.k(x)
+            k, v = self._positioned(keys, "k_norm", turn), self._values(keys if self.layer.k_eq_v else self.v(x))
+        sinks = self.sinks[...].astype(jnp.float32) if self.config.sinks else None
+        return self.o(attend(self.index, q, k, v, sinks).reshape(x.shape[0], -1))
 
-    def _heads(self, x: jax.Array, by: Rotation | None) -> jax.Array:
+    def _norm_size(self, projection_size: int) -> int:
+        return self.head_dim if self.config.qk_norm == "head" else projection_size
+
+    def _positioned(self, x: jax.Array, norm: str, turn: Rotation | None) -> jax.Array:
+        """Queries or keys `[tokens, heads, head_dim]`: normed where the model does, and rotated."""
+        if self.config.qk_norm == "projection":
+            x = getattr(self, norm)(x)
         heads = x.reshape(x.shape[0], -1, self.head_dim)
-        return heads if by is None else rotate(heads, by)
+        if self.config.qk_norm == "head":
+            heads = getattr(self, norm)(heads)
+        return heads if turn is None else rotate(heads, turn)
+
+    def _values(self, x: jax.Array) -> jax.Array:
+        heads = x.reshape(x.shape[0], -1, self.head_dim)
+        if not self.config.v_norm:
+            return heads
+        return root_mean_square_norm(heads.astype(jnp.float32), self.config.norm.eps).astype(x.dtype)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))` (GLU variants, Shazeer 2020), or without a gate `down(act(up(x)))`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, backend: str, rngs: nnx.Rngs):
-        kwargs: dict[str, Any] = {"dtype": dtype, "backend": backend, "rngs": rngs}
-        self.gate = Linear(config.embed_size, config.ffn_size, ("ffn", "embed"), **kwargs)
-        self.up = Linear(config.embed_size, config.ffn_size, ("ffn", "embed"), **kwargs)
-        self.down = Linear(config.ffn_size, config.embed_size, ("embed", "ffn"), **kwargs)
+    def __init__(self, config: ModelConfig, index: int, build: Build):
+        ffn_size = config.layers[index].ffn_size or config.ffn_size
+        if config.gated_mlp:
+            self.gate = Linear(config.embed_size, ffn_size, ("ffn", "embed"), build.at("gate"), bias=config.mlp_bias)
+        self.up = Linear(config.embed_size, ffn_size, ("ffn", "embed"), build.at("up"), bias=config.mlp_bias)
+        self.down = Linear(ffn_size, config.embed_size, ("embed", "ffn"), build.at("down"), bias=config.mlp_bias)
+        self.config, self.sparsity = config, config.layers[index].activation_sparsity
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        up = self.up(x).astype(jnp.float32)
+        if not self.config.gated_mlp:
+            return self.down(activate(up, self.config.activation).astype(x.dtype))
         gate = self.gate(x).astype(jnp.float32)
-        return self.down((jax.nn.silu(gate) * self.up(x)).astype(x.dtype))
+        if self.sparsity > 0.0:
+            gate = _cut_off(gate, self.sparsity)
+        return self.down(gated(gate, up, self.config.activation).astype(x.dtype))
+
+
+def _cut_off(gate: jax.Array, sparsity: float) -> jax.Array:
+    """`relu(gate - cutoff)`, the cutoff being the normal distribution's quantile `sparsity` (Gemma 3n)."""
+    size = gate.shape[-1]
+    mean = (row_sums(gate) / size)[..., None]
+    centred = gate - mean
+    deviation = jnp.sqrt(row_sums(centred * centred) / size)[..., None]
+    return jax.nn.relu(centred - deviation * jax.scipy.stats.norm.ppf(jnp.float32(sparsity)))
+
+
+def activate(x: jax.Array, spec: ActivationSpec) -> jax.Array:
+    """The nonlinearity of an MLP without a gate."""
+    match spec.name:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+    raise ValueError(f"{spec.name} needs a gate")
+
+
+def gated(gate: jax.Array, up: jax.Array, spec: ActivationSpec) -> jax.Array:
+    """The product of an MLP's gate and values, f32."""
+    if spec.name == "clamped_swiglu":
+        gate = jnp.minimum(gate, spec.limit)
+        return (jnp.clip(up, -spec.limit, spec.limit) + 1) * gate * jax.nn.sigmoid(spec.alpha * gate)
+    return activate(gate, spec) * up

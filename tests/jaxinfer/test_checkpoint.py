@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from safetensors.numpy import save_file
+from tensor_files import write_raw, write_tensors
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import checkpoint, load_config, weight_name
+from jaxinfer.models import dense_tensors, load_config, safetensors_files, weight_source
 from jaxinfer.models.checkpoint import CheckpointError, load_parameters
 from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
 
@@ -46,26 +47,11 @@ def random_tensors(config: ModelConfig, dtype: Any = np.float32) -> Tensors:
     """Every tensor under its Hugging Face name."""
     rng = np.random.default_rng(0)
     specs = abstract_parameters(config, F32)
-    return {weight_name(config.architecture, n): rng.normal(size=s.shape).astype(dtype) for n, s in specs.items()}
+    return {weight_source(config, n).name: rng.normal(size=s.shape).astype(dtype) for n, s in specs.items()}
 
 
 def expected_parameters(config: ModelConfig, tensors: Tensors, dtype: Any) -> list[np.ndarray]:
-    return [tensors[weight_name(config.architecture, name)].astype(dtype) for name in abstract_parameters(config, F32)]
-
-
-def write_raw(path: Path, header: dict[str, Any], data: bytes) -> None:
-    encoded = json.dumps(header).encode()
-    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
-
-
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    """A file written here and not by the safetensors package, whose NumPy interface lacks bfloat16."""
-    codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()} | {np.dtype(np.int64): "I64"}
-    header, data = {}, b""
-    for name, array in tensors.items():
-        begin, data = len(data), data + array.tobytes()
-        header[name] = {"dtype": codes[array.dtype], "shape": array.shape, "data_offsets": [begin, len(data)]}
-    write_raw(path, header, data)
+    return [tensors[weight_source(config, name).name].astype(dtype) for name in abstract_parameters(config, F32)]
 
 
 def write_shards(directory: Path, tensors: Tensors, num_shards: int = 2) -> dict[str, str]:
@@ -107,7 +93,7 @@ def test_values_of_every_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, target: Any, chunk_bytes: int
 ) -> None:
     """Rounded once, to nearest even, whatever the chunks."""
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(dense_tensors, "CHUNK_BYTES", chunk_bytes)
     config = model_config(tmp_path)
     tensors = random_tensors(config, DTYPES[code])
     write_tensors(tmp_path / "model.safetensors", tensors)
@@ -287,7 +273,7 @@ def test_defects_of_a_file_are_named(tmp_path: Path, defect: str) -> None:
 
 def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
     config = model_config(tmp_path)
-    num_bytes = checkpoint.MAX_HEADER_BYTES + 1
+    num_bytes = safetensors_files.MAX_HEADER_BYTES + 1
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(num_bytes.to_bytes(8, "little"))
         file.truncate(num_bytes + 8)  # sparse

@@ -1,0 +1,56 @@
+"""The language model inside a multimodal Hugging Face directory: its part of config.json and of the tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxinfer.config import ConfigError
+from jaxinfer.models.hugging_face import Fields
+from jaxinfer.models.sources import Source
+
+# What the outer config.json says of the other parts and of how images and sounds become tokens.
+OTHER_PARTS = frozenset(
+    {
+        "vision_config",
+        "audio_config",
+        "mm_tokens_per_image",
+        "vision_soft_tokens_per_image",
+        "audio_soft_tokens_per_image",
+        "audio_ms_per_token",
+        "boi_token_index",
+        "eoi_token_index",
+        "image_token_index",
+        "boi_token_id",
+        "eoi_token_id",
+        "image_token_id",
+        "boa_token_id",
+        "eoa_token_id",
+        "eoa_token_index",
+        "audio_token_id",
+        "video_token_id",
+    }
+)
+OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id")  # count where text_config has none of its own
+
+
+def text_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Fields:
+    """The fields of `text_config`, with `defaults` for absent ones. Raises ConfigError for unknown fields around it."""
+    outer = Fields(hf)
+    text = outer.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"text_config={text!r} must be an object")
+    inherited = {name: value for name in OUTER if (value := outer.get(name)) is not None}
+    for name in OTHER_PARTS:
+        outer.get(name)
+    outer.finish()
+    return Fields(dict(defaults) | inherited | text, prefix="text_config.")
+
+
+def renamed(weights: Mapping[str, str | Source], rename: Callable[[str], str]) -> dict[str, str | Source]:
+    """The same table with every stored name changed."""
+    return {
+        name: rename(stored) if isinstance(stored, str) else replace(stored, name=rename(stored.name))
+        for name, stored in weights.items()
+    }

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from jaxinfer.cache import CacheManager
-from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.config import EngineConfig, KVShape, PageGroup
 from jaxinfer.plan import StepResult
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.scheduler import Scheduler
@@ -24,7 +24,7 @@ def steady_decoding(
 ) -> list[float]:
     """Seconds per plan + apply while all slots decode `num_steps` tokens per call."""
     config = EngineConfig(max_num_seqs=num_slots, max_num_batched_tokens=8192, max_prefill_seqs=num_slots)
-    groups = [PageGroup(window, (index,)) for index, window in enumerate(windows)]
+    groups = [PageGroup(window, KVShape(1, 2), (index,)) for index, window in enumerate(windows)]
     cache = CacheManager(groups, [num_slots * 70] * len(windows), PAGE_SIZE)
     scheduler = Scheduler(config, cache, max_model_len=2048)
     rng = np.random.default_rng(0)

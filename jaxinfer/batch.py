@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import sampling
-from jaxinfer.config import EngineConfig, ModelConfig, PageGroup, page_groups
+from jaxinfer.config import EngineConfig, KVShape, ModelConfig, PageGroup, page_groups
 from jaxinfer.plan import Admission, Plan
 from jaxinfer.request import MAX_STOP_TOKEN_IDS
 from jaxinfer.sampling import TokenCounts
@@ -89,7 +89,7 @@ class Limits:
 
 def limits_of(model: ModelConfig, config: EngineConfig, max_len: int, num_pages: tuple[int, ...]) -> Limits:
     """The sizes an engine with this model, options and page pools runs at."""
-    groups, page_size = page_groups(model), kv_spec(model, config).page_size
+    windows, page_size = [group.window for group in page_groups(model)], page_size_of(config)
     return Limits(
         slots=max(2, config.max_num_seqs),
         max_len=max_len,
@@ -98,24 +98,34 @@ def limits_of(model: ModelConfig, config: EngineConfig, max_len: int, num_pages:
         num_pages=num_pages,
         vocab_size=model.vocab_size,
         max_rows=config.max_prefill_seqs,
-        max_cells=max_cells_per_plan(config, groups, page_size),
+        max_cells=max_cells_per_plan(config, windows, page_size),
         loop_steps=config.loop_steps,
     )
 
 
-def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
-    """The pages of every K/V-owning layer of this model."""
+def page_size_of(config: EngineConfig) -> int:
+    """Tokens per K/V page, of every layer."""
+    return config.page_size or attention.default_page_size(devices.current())
+
+
+def kv_spec(shape: KVShape, config: EngineConfig) -> KVSpec:
+    """The pages of a K/V-owning layer of that shape."""
     dtype = config.dtype if config.kv_dtype == "auto" else config.kv_dtype
-    page_size = config.page_size or attention.default_page_size(devices.current())
-    return KVSpec(model.kv_heads, model.head_dim, page_size, jnp.dtype(dtype))
+    return KVSpec(shape.kv_heads, shape.head_dim, page_size_of(config), jnp.dtype(dtype))
 
 
 def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> DeviceState:
     """Allocate the device state: no sequence, zeroed pages."""
-    groups, spec = page_groups(model), kv_spec(model, config)
+    groups = page_groups(model)
     pages_of = {layer: limits.num_pages[g] for g, group in enumerate(groups) for layer in group.layers}
     layers = tuple(
-        attention.allocate(spec, pages_of[layer], backend=config.attention_backend, q_heads=model.q_heads)
+        attention.allocate(
+            kv_spec(model.kv_shape(layer), config),
+            pages_of[layer],
+            backend=config.attention_backend,
+            q_heads=model.q_heads,
+            invariant=config.invariant,
+        )
         for layer in sorted(pages_of)
     )
     ints = partial(jnp.zeros, dtype=jnp.int32)
@@ -253,7 +263,7 @@ class Packer:
         for cells in admission.pages:
             for cell in cells:
                 view["page_table"][i, cell.group, cell.index] = cell.page
-        view["remaining"][i] = sequence.max_total - len(sequence.tokens)
+        view["remaining"][i] = sequence.resident_max - len(sequence.tokens)
         stop_ids = params.stop_token_ids if params.ignore_eos else (*self.model.eos_token_ids, *params.stop_token_ids)
         view["stop_ids"][i] = -1
         view["stop_ids"][i, : len(stop_ids)] = stop_ids

@@ -18,10 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import memory
-from jaxinfer.batch import DeviceState, Packer, empty_state, kv_spec, limits_of
+from jaxinfer import memory, scoring
+from jaxinfer.batch import DeviceState, Packer, empty_state, limits_of
 from jaxinfer.cache import CacheManager
-from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, page_groups
+from jaxinfer.chat import ChatTemplate
+from jaxinfer.config import EngineConfig, ModelConfig, page_groups
+from jaxinfer.engine_info import describe
+from jaxinfer.engine_stats import EngineStats
+from jaxinfer.kernel_check import check_kernels
 from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
 from jaxinfer.models.transformer import merger
@@ -33,34 +37,10 @@ from jaxinfer.scheduler import Scheduler
 from jaxinfer.step import Drivers, Outcome, Report
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.watchdog import Watchdog
-from pallas_kernels import attention, devices, matmul
-from pallas_kernels.dispatch import BackendError
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # after which the sequences of the failing call end with an error
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the start, and gauges of now."""
-
-    num_running: int
-    num_waiting: int
-    num_preemptions: int
-    num_calls: int  # device calls applied
-    num_failed_calls: int
-    num_watchdog_reports: int
-    prompt_tokens: int  # once per completion
-    cached_prompt_tokens: int  # of these, whose K/V came from the prefix cache, of completions that ended
-    generation_tokens: int
-    host_us_per_loop: float  # median processor time that step() takes on its thread
-    host_wall_us_per_loop: float  # the same by the clock, without waiting for the device: on a CPU both share cores
-    step_time_s: float  # recent time of one decode step
-    pages_total: tuple[int, ...]  # per page group, without the trash page
-    pages_used: tuple[int, ...]
-    pages_cached: tuple[int, ...]
-    compiles_after_warmup: int
 
 
 @dataclass
@@ -71,6 +51,7 @@ class _Flight:
     shape: Shape
     outcome: Outcome
     dispatched_s: float
+    scoring: scoring.Scoring | None = None
 
 
 class Engine:
@@ -91,24 +72,30 @@ class Engine:
         self.model_dir = Path(model_dir)
         self.model: ModelConfig = load_config(self.model_dir)
         self.tokenizer = Tokenizer.load(self.model_dir)
+        self.chat_template = ChatTemplate.load(self.model_dir)
         enable_compilation_cache(config)
         self.max_model_len = memory.max_model_len(self.model, config)
         self.num_pages = memory.pages_per_group(self.model, config, self.max_model_len)
-        _check_kernels(self.model, config)
+        check_kernels(self.model, config)
+        if config.invariant:
+            log.info("invariant=True: bits do not depend on the batch; benchmarks/invariance.py measures the cost")
         self._limits = limits_of(self.model, config, self.max_model_len, self.num_pages)
         self._groups = page_groups(self.model)
         self._packer = Packer(self.model, self._limits, self._groups)
         dtype = jnp.dtype(config.dtype)
-        self._parameters = load_parameters(
+        loaded = load_parameters(
             self.model_dir, self.model, dtype, progress=None if progress is None else lambda name, *_: progress(name)
         )
+        self._parameters = tuple(jax.tree.leaves(loaded))
         self._state: DeviceState = empty_state(self.model, config, self._limits)
-        drivers = Drivers(self.model, self._limits, merger(self.model, dtype, config.matmul_backend))
+        drivers = Drivers(self.model, self._limits, merger(self.model, dtype, config.matmul_backend, config.invariant))
         self._programs = Programs(drivers, self._packer, config, self._parameters, self._state)
         self._cache = CacheManager(
             self._groups, self.num_pages, self._limits.page_size, prefix_caching=config.prefix_caching
         )
-        self._scheduler = Scheduler(config, self._cache, max_model_len=self.max_model_len)
+        self._scheduler = Scheduler(
+            config, self._cache, max_model_len=self.max_model_len, length_rule=self.model.length_rule
+        )
         self._watchdog = Watchdog(config.watchdog_s)
         self._streams: dict[int, CompletionStream] = {}  # by sequence id
         self._sequences: dict[str, list[Sequence]] = {}  # by request id, unfinished ones
@@ -195,6 +182,7 @@ class Engine:
             try:
                 with self._watchdog.watch(str(last.shape)):
                     main = np.asarray(last.outcome.main)
+                    self._read_scoring(last)
             except Exception as error:
                 failure = (error, last.plan)
             else:
@@ -229,7 +217,18 @@ class Engine:
         self._state, outcome = program(self._parameters, self._state, *buffers)
         if self._copies_early:
             outcome.main.copy_to_host_async()
-        return _Flight(plan, shape, outcome, dispatched_s)
+        scores = None if outcome.hidden is None else scoring.dispatch(plan, outcome.hidden, self._run_reader)
+        return _Flight(plan, shape, outcome._replace(hidden=None), dispatched_s, scores)
+
+    def _run_reader(self, name: str, hidden: jax.Array, *arguments: np.ndarray) -> Any:
+        """Call a program of scoring.READERS on a mixed step's hidden rows."""
+        return self._programs.get(Shape(0, hidden.shape[0], name))(self._parameters, hidden, *arguments)
+
+    def _read_scoring(self, flight: _Flight) -> None:
+        """Take what prompts were scored for; who cannot have it ends, before the call's other results are applied."""
+        for sequence, error in flight.scoring.read(self._streams) if flight.scoring is not None else ():
+            self._scheduler.finish(sequence, FinishReason.ERROR)
+            self._end(sequence, FinishReason.ERROR, error)
 
     def _apply(self, flight: _Flight, main: np.ndarray) -> list[TokenEvent]:
         report = Report.read(main)
@@ -327,61 +326,30 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """What runs here, as JSON: the model, effective options, memory, kernels, versions."""
-        spec = kv_spec(self.model, self.config)
-        owners = sum(len(group.layers) for group in self._groups)
-        return {
-            "model": str(self.model_dir.name),
-            "architecture": self.model.architecture,
-            "num_parameters": sum(int(p.size) for p in self._parameters),
-            "parameter_bytes": sum(int(p.nbytes) for p in self._parameters),
-            "vocab_size": self.model.vocab_size,
-            "num_layers": len(self.model.layers),
-            "q_heads": self.model.q_heads,
-            "kv_heads": self.model.kv_heads,
-            "head_dim": self.model.head_dim,
-            "max_model_len": self.max_model_len,
-            "has_tokenizer": self.tokenizer is not None,
-            "dtype": self.config.dtype,
-            "kv_bytes_per_token": owners * spec.token_bytes,
-            "kv_dtype": jnp.dtype(spec.dtype).name,
-            "page_size": spec.page_size,
-            "page_groups": [
-                {
-                    "window": group.window,
-                    "layers": list(group.layers),
-                    "num_pages": pages - 1,
-                    "page_bytes": spec.token_bytes * spec.page_size * len(group.layers),
-                }
-                for group, pages in zip(self._groups, self.num_pages, strict=True)
-            ],
-            "attention_backend": self._state.cache.layers[0].backend,
-            "matmul_backend": self.config.matmul_backend,
-            "programs": [str(shape) for shape in self._programs.declared()],
-            "device": str(self._parameters[0].devices()).strip("{}"),
-            "platform": jax.default_backend(),
-            "versions": {"jax": jax.__version__, "numpy": np.__version__},
-        }
+        return describe(self)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all weights as they are held."""
+        return sum(int(array.nbytes) for array in self._parameters)
+
+    @property
+    def programs(self) -> Programs:
+        """The compiled programs."""
+        return self._programs
+
+    @property
+    def device_state(self) -> DeviceState:
+        """What lies on the device between calls; the next call takes it."""
+        return self._state
 
     def close(self) -> None:
-        """Stop the watchdog and drop the device arrays."""
+        """Stop the watchdog, end the chat template's process and drop the device arrays."""
         self._watchdog.close()
+        if self.chat_template is not None:
+            self.chat_template.close()
         self._flight = None
         del self._state, self._parameters
-
-
-def _check_kernels(model: ModelConfig, config: EngineConfig) -> None:
-    """ConfigError where no kernel, or not the one asked for, takes this model's pages or weights."""
-    try:
-        attention.choose(kv_spec(model, config), backend=config.attention_backend, q_heads=model.q_heads)
-    except BackendError as error:
-        raise ConfigError(f"attention_backend={config.attention_backend}: {error}") from error
-    case = {"rows": 1, "in_size": model.embed_size, "out_size": model.ffn_size, "format": "dense"}
-    try:
-        matmul.OP.choose(
-            config.matmul_backend, **case, dtype=config.dtype, out_dtype=config.dtype, device=devices.current()
-        )
-    except BackendError as error:
-        raise ConfigError(f"matmul_backend={config.matmul_backend}: {error}") from error
 
 
 def _mix(value: int) -> int:

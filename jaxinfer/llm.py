@@ -6,22 +6,25 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, SupportsIndex
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from jaxinfer.config import EngineConfig, shipped_model
+from jaxinfer.conversation import Conversation
 from jaxinfer.engine import Engine
 from jaxinfer.request import (
     FinishReason,
+    PromptLogprobs,
     QueueFullError,
     Request,
     RequestError,
@@ -31,7 +34,7 @@ from jaxinfer.request import (
     check_token_ids,
 )
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Conversation
 LONGEST_SLEEP_S = 0.02
 
 
@@ -49,12 +52,13 @@ class Completion:
 
 @dataclass
 class GenerationResult:
-    """A prompt and its completions. Prints as text; `outputs[0].text` is the first completion."""
+    """A prompt (of a conversation its text) and its completions; `outputs[0].text` is the first. Prints as text."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: list[Completion]
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None  # where SamplingParams.prompt_logprobs asked for them
     ttft_s: float | None = None  # from the call of generate() to this prompt's first token, waiting included
     total_s: float | None = None
 
@@ -98,9 +102,9 @@ class LLM:
     ) -> list[GenerationResult]:
         """Complete every prompt; results come in the prompts' order.
 
-        A prompt is text or token ids; `sampling` is one SamplingParams for all or one per prompt. All requests are
-        checked before any runs: RequestError names the prompt's position. A completion that failed on the way has
-        finish_reason ERROR and an `error` text.
+        A prompt is text, token ids or a Conversation; `sampling` is one SamplingParams for all or one per prompt. All
+        requests are checked before any runs: RequestError names the prompt's position. A completion that failed on the
+        way has finish_reason ERROR and an `error` text.
         """
         requests = self._requests(prompts, sampling)
         results = [
@@ -126,6 +130,47 @@ class LLM:
                     bar.update(task, advance=1, description=f"{num_tokens / elapsed_s:,.0f} tokens/s")
         return results
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> GenerationResult:
+        """The answer to a conversation, written into a prompt by the model's chat template.
+
+        `options` are the other fields of Conversation. RequestError as for `generate`.
+        """
+        return self.generate([Conversation(messages, tools, **options)], sampling, progress=progress)[0]
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], *, num_top: int = 0, progress: bool = False
+    ) -> list[PromptLogprobs]:
+        """How the model sees each prompt: per token its log-probability, rank and `num_top` alternatives.
+
+        A prompt's first entry is None. RequestError as for `generate`; RuntimeError when a prompt failed on the way.
+        """
+        scored = []
+        for i, result in enumerate(self.generate(prompts, _reading(num_top), progress=progress)):
+            if result.prompt_logprobs is None:
+                raise RuntimeError(f"prompts[{i}]: {result.outputs[0].error}")
+            scored.append(result.prompt_logprobs)
+        return scored
+
+    def prompt_logits(self, prompt: Prompt) -> np.ndarray:
+        """The model's logits f32[tokens, vocab] at every position of one prompt, through the engine as it serves.
+
+        RequestError as for `generate`; RuntimeError when the prompt failed on the way.
+        """
+        blocks: list[np.ndarray] = []
+        [(request, _)] = self._requests([prompt], _reading(None))
+        for event in self._run([replace(request, on_prompt_logits=lambda _, logits: blocks.append(logits))]):
+            if event.finish_reason is FinishReason.ERROR:
+                raise RuntimeError(event.error)
+        return np.concatenate(blocks)
+
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Events of one prompt as they come. Leaving the loop early aborts the request."""
         [(request, _)] = self._requests([prompt], sampling)
@@ -136,7 +181,7 @@ class LLM:
     ) -> list[tuple[Request, str | None]]:
         if isinstance(prompts, (bytes, bytearray)):
             raise RequestError("prompts", f"{prompts!r:.40} is bytes; give text or token ids")
-        given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        given: list[Any] = [prompts] if isinstance(prompts, (str, Conversation)) else list(prompts)
         if given and isinstance(given[0], SupportsIndex):  # token ids of one prompt
             given = [given]
         if sampling is None or isinstance(sampling, SamplingParams):
@@ -150,9 +195,8 @@ class LLM:
             )
         requests = []
         for i, (prompt, params) in enumerate(zip(given, sampling, strict=True)):
-            text = prompt if isinstance(prompt, str) else None
             try:
-                ids = self._token_ids(prompt)
+                text, ids = self._read(prompt)
                 with self._lock:
                     self._num_requests += 1
                     request = Request(f"llm-{self._num_requests}", ids, params)
@@ -162,14 +206,21 @@ class LLM:
             requests.append((request, text))
         return requests
 
-    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.engine.tokenizer is None:
+    def _read(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        """The prompt's text, where it has one, and its ids."""
+        if isinstance(prompt, (str, Conversation)):
+            tokenizer, template = self.engine.tokenizer, self.engine.chat_template
+            if tokenizer is None:
                 raise ValueError("is text, but this model has no tokenizer; give token ids")
-            return tuple(self.engine.tokenizer.encode(prompt))
+            if isinstance(prompt, str):
+                return prompt, tuple(tokenizer.encode(prompt))
+            if template is None:
+                raise ValueError("is a conversation, but this model has no chat template; give text")
+            text = template.render(prompt)
+            return text, tuple(tokenizer.encode(text, add_special_tokens=False))
         if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
             raise ValueError(f"{prompt!r:.40} is neither text nor token ids")
-        return check_token_ids(prompt)
+        return None, check_token_ids(prompt)
 
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Feed the queue as it empties; abort what is left when the caller stops listening."""
@@ -246,8 +297,15 @@ def interrupts_deferred() -> Iterator[None]:
         before(*came[0])
 
 
+def _reading(num_top: int | None) -> SamplingParams:
+    """For prompts that are read, not completed."""
+    return SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=num_top)
+
+
 def _collect(result: GenerationResult, event: TokenEvent, elapsed_s: float) -> None:
     output = result.outputs[event.index]
+    if event.prompt_logprobs is not None:
+        result.prompt_logprobs = event.prompt_logprobs
     if event.token_ids and result.ttft_s is None:
         result.ttft_s = elapsed_s
     output.token_ids += event.token_ids

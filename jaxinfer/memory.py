@@ -7,7 +7,7 @@ import os
 
 import jax
 
-from jaxinfer.batch import kv_spec
+from jaxinfer.batch import kv_spec, page_size_of
 from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, PageGroup, page_groups
 
 
@@ -30,9 +30,9 @@ def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tu
     Raises ConfigError where not even one sequence of `length` tokens fits; the message says how many bytes would do.
     """
     groups = page_groups(model)
-    spec = kv_spec(model, config)
-    page_bytes = [spec.token_bytes * spec.page_size * len(group.layers) for group in groups]
-    per_sequence = [_pages_per_sequence(group, config, length, spec.page_size) for group in groups]
+    page_size = page_size_of(config)
+    page_bytes = [kv_spec(group.shape, config).token_bytes * page_size * len(group.layers) for group in groups]
+    per_sequence = [_pages_per_sequence(group, config, length, page_size) for group in groups]
     least = [pages + 2 for pages in per_sequence]  # with the trash page and one to copy from
     more = [(config.max_num_seqs - 1) * pages for pages in per_sequence]
     least_bytes, more_bytes = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxinfer.plan import Sequence, Update
-from jaxinfer.request import FinishReason, TokenEvent, TokenLogprobs
+from jaxinfer.request import FinishReason, PromptLogprob, PromptLogprobs, TokenEvent, TokenLogprobs
 from jaxinfer.tokenizer import StopMatcher, Tokenizer
 
 
@@ -28,6 +28,47 @@ class Logprobs:
         return TokenLogprobs(float(self._bits[slot, step].view(np.float32)), top)
 
 
+class PromptValues:
+    """A prompt's log-probabilities while they come in, rows in any pieces; 8 bytes a token and 8 per alternative."""
+
+    def __init__(self, num_prompt: int, num_top: int):
+        rows = num_prompt - 1  # row i predicts token i + 1
+        self._logprobs, self._ranks = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+        self._top_ids, self._top_logprobs = np.zeros((rows, num_top), np.int32), np.zeros((rows, num_top), np.float32)
+        self._num_known = 0
+
+    def put(
+        self,
+        first: int,
+        logprobs: np.ndarray,
+        ranks: np.ndarray,
+        top_ids: np.ndarray | None,
+        top_logprobs: np.ndarray | None,
+    ) -> None:
+        """Values of rows [first, first + len(logprobs)): f32, i32, and [rows, num_top] of each alternative."""
+        at = slice(first, first + len(logprobs))
+        self._logprobs[at], self._ranks[at] = logprobs, ranks
+        if top_ids is not None and top_logprobs is not None:
+            self._top_ids[at], self._top_logprobs[at] = top_ids, top_logprobs
+        self._num_known = max(self._num_known, at.stop)
+
+    def take(self) -> PromptLogprobs | None:
+        """All of them; None while some are missing."""
+        if self._num_known < len(self._logprobs):
+            return None
+        rows = zip(
+            self._logprobs.tolist(),
+            self._ranks.tolist(),
+            self._top_ids.tolist(),
+            self._top_logprobs.tolist(),
+            strict=True,
+        )
+        return (
+            None,
+            *(PromptLogprob(value, rank, tuple(zip(ids, tops, strict=True))) for value, rank, ids, tops in rows),
+        )
+
+
 class CompletionStream:
     """The text side of one completion. Without a tokenizer its text is empty."""
 
@@ -39,6 +80,9 @@ class CompletionStream:
         )
         self._matcher = StopMatcher(params.stop, include_stop=params.include_stop_in_output) if params.stop else None
         self._num_pushed = 0
+        self.prompt: PromptValues | None = None  # until it was told
+        if params.prompt_logprobs is not None and sequence.index == 0:
+            self.prompt = PromptValues(sequence.num_prompt, params.prompt_logprobs)
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
 
     def push(self, update: Update, logprobs: Logprobs) -> TokenEvent:
@@ -88,6 +132,9 @@ class CompletionStream:
         logprobs: tuple[TokenLogprobs, ...] | None = None,
         error: str | None = None,
     ) -> TokenEvent:
+        prompt_logprobs = None if self.prompt is None else self.prompt.take()
+        if prompt_logprobs is not None:
+            self.prompt = None
         return TokenEvent(
             request_id=self.sequence.request.request_id,
             index=self.sequence.index,
@@ -99,6 +146,7 @@ class CompletionStream:
             num_prompt_tokens=self.sequence.num_prompt,
             num_cached_tokens=self.sequence.num_cached,
             num_generated_tokens=generated,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _flush(self) -> tuple[str, bool]:

@@ -29,6 +29,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     # ----
+    resident_max: int = 0  # it keeps its slot up to this many tokens: max_total, or fewer where K/V must be made anew
     rank: int = 0  # 0: online, or batch promoted by age; 1: batch
     prefill_end: int = 0  # tokens known at admission: rows [num_cached, prefill_end) come from chunks
     prefill_planned: int = 0  # rows that planned chunks cover; below prefill_end the sequence is prefilling
@@ -37,11 +38,27 @@ class Sequence:
     page_rows: int = 0  # rows that its pages can hold
     commit_at: int = 0  # the next number of rows worth a commit: a page boundary
     was_admitted: bool = False
+    num_scored: int = 0  # leading prompt rows whose predictions the host has; counted where `rows_to_score`
     siblings: list[Sequence] = field(default_factory=list)  # held back until this one's prefill was applied
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def rows_to_score(self) -> int:
+        """Leading prompt rows whose predictions the caller wants: of the first completion, which stands for all."""
+        if self.index > 0:
+            return 0
+        if self.request.on_prompt_logits is not None:
+            return self.num_prompt
+        return 0 if self.request.sampling.prompt_logprobs is None else self.num_prompt - 1
+
+    @property
+    def reusable_rows(self) -> int:
+        """Leading rows that may come from the prefix cache: what is still to be scored has to be computed."""
+        most = len(self.tokens) - 1
+        return most if self.num_scored >= self.rows_to_score else min(self.num_scored, most)
 
 
 class Chunk(NamedTuple):

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
+from jaxinfer import scoring
 from jaxinfer.batch import DeviceState, Packer
 from jaxinfer.config import ConfigError, EngineConfig, default_compilation_cache
-from jaxinfer.step import Drivers, Outcome, Parameters
+from jaxinfer.step import Drivers, Parameters
 
 MIN_MIXED_SLOTS = 16  # below that a prefill hardly notices its decode rows, and each program costs seconds to compile
 
@@ -25,12 +26,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One program: a decode loop over `num_slots` slots, or a mixed step with `prefill_tokens` besides."""
+    """One program: a decode loop over `num_slots` slots, or a mixed step with `prefill_tokens` besides.
+
+    Or, with a name of scoring.READERS, one that reads the hidden rows a mixed step of so many tokens left.
+    """
 
     num_slots: int
     prefill_tokens: int = 0  # 0: decode_loop
+    reader: str = ""
 
     def __str__(self) -> str:
+        if self.reader:
+            return f"prompt_{self.reader}[{self.prefill_tokens} tokens]"
         if self.prefill_tokens:
             return f"mixed_step[{self.num_slots} slots + {self.prefill_tokens} tokens]"
         return f"decode_loop[{self.num_slots} slots]"
@@ -60,7 +67,10 @@ class Programs:
         self._buffers = tuple(
             jax.ShapeDtypeStruct((record.size,), "int32") for record in (packer.control, packer.admission)
         )
-        self._compiled: dict[Shape, Callable[..., tuple[DeviceState, Outcome]]] = {}
+        self._dtype = config.dtype
+        # XLA may leave out roundings to bfloat16 between operations it fuses, which differ from program to program
+        self._options = {"xla_allow_excess_precision": False} if config.invariant else {}
+        self._compiled: dict[Shape, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         self._warm = False
         self.compiles_after_warmup = 0
@@ -72,6 +82,10 @@ class Programs:
         first = [*lone, Shape(largest, self._tokens[-1]), Shape(largest)]
         rest = [Shape(slots, tokens) for tokens in self._tokens for slots in self._mixed_slots]
         return list(dict.fromkeys(first + rest + [Shape(slots) for slots in self._slots]))
+
+    def on_demand(self) -> list[Shape]:
+        """What is compiled only when the first request asks for prompt log-probabilities or logits; no stray then."""
+        return [Shape(0, tokens, reader) for tokens in self._tokens for reader in scoring.READERS]
 
     def shape_for(self, num_slots: int, prefill_tokens: int) -> Shape:
         """The smallest declared shape that holds this many slots and prefill tokens."""
@@ -95,26 +109,34 @@ class Programs:
             list(pool.map(compile_one, shapes))
         self._warm = True
 
-    def get(self, shape: Shape) -> Callable[..., tuple[DeviceState, Outcome]]:
-        """The compiled program, compiled now where it is not there yet."""
+    def get(self, shape: Shape) -> Callable[..., Any]:
+        """The compiled program, compiled now where it is not there yet. A step's gives (DeviceState, Outcome)."""
         program = self._compiled.get(shape)
         if program is None:
             program = self._compile(shape)
             with self._lock:
-                if self._warm:
+                if self._warm and not shape.reader:
                     self.compiles_after_warmup += 1
                     log.warning("compiled %s after warm-up", shape)
                 self._compiled[shape] = program
         return program
 
     def _compile(self, shape: Shape) -> Any:
+        if shape.reader:
+            return self._compile_reader(shape)
         if shape.prefill_tokens:
             driver = partial(self._drivers.mixed_step, num_slots=shape.num_slots, prefill_tokens=shape.prefill_tokens)
             arguments = (*self._abstract, *self._buffers)
         else:
             driver = partial(self._drivers.decode_loop, num_slots=shape.num_slots)
             arguments = (*self._abstract, self._buffers[0])
-        return jax.jit(driver, donate_argnums=1).lower(*arguments).compile()
+        return jax.jit(driver, donate_argnums=1).lower(*arguments).compile(self._options)
+
+    def _compile_reader(self, shape: Shape) -> Any:
+        reader = partial(scoring.READERS[shape.reader], self._drivers.merge)
+        hidden = jax.ShapeDtypeStruct((shape.prefill_tokens, self._drivers.model.embed_size), self._dtype)
+        arguments = (self._abstract[0], hidden, *scoring.reader_arguments(shape.reader, shape.prefill_tokens))
+        return jax.jit(reader).lower(*arguments).compile(self._options)
 
 
 _cache_lock = threading.Lock()

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_N = 64
 MAX_STOP_STRINGS = 16
@@ -63,6 +66,8 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties 1 / 0 / 0 are off. `max_tokens=None` runs to the
     model's length limit. `logprobs` returns the sampled token's log-probability, `top_logprobs` that many more
     alternatives; both are of the model's own distribution, before temperature, penalties and truncation.
+    `prompt_logprobs` asks the same of each prompt token given those before it: None is off, 0 its own alone, more
+    that many alternatives too. Such a prompt is computed in full, whatever the prefix cache holds.
     """
 
     max_tokens: int | None = 128
@@ -84,6 +89,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -111,6 +117,8 @@ class SamplingParams:
         _check_int("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs", f"{self.top_logprobs} needs logprobs=True")
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -153,13 +161,19 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete. `request_id` is the caller's name for it; the engine's own keys are its own."""
+    """One prompt to complete. `request_id` is the caller's name for it; the engine's own keys are its own.
+
+    `on_prompt_logits(first, logits)` hears the model's logits f32[rows, vocab] of the prompt positions from `first` on,
+    block by block, each position once and in order, on the thread that steps the engine. If it raises, the request
+    ends with that error. Only in this process; it holds the prompt back from the prefix cache as prompt_logprobs does.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: Priority = Priority.ONLINE
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
+    on_prompt_logits: Callable[[int, np.ndarray], None] | None = None
 
     def check(self, *, vocab_size: int, max_model_len: int, eos_token_ids: Sequence[int], has_tokenizer: bool) -> None:
         """Raise RequestError unless a model with these limits can run this request."""
@@ -200,8 +214,24 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class PromptLogprob:
+    """How the model saw one prompt token: log-probability, rank (1 = its first choice), the best alternatives."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()  # (id, log-probability), best first
+
+
+# One entry per prompt token; None for the first, which nothing predicts.
+PromptLogprobs = tuple[PromptLogprob | None, ...]
+
+
+@dataclass(frozen=True)
 class TokenEvent:
-    """A piece of one completion. `text` may lag behind the tokens: what could begin a stop string waits."""
+    """A piece of one completion. `text` may lag behind the tokens: what could begin a stop string waits.
+
+    `prompt_logprobs` comes once per request: with the first piece of completion 0.
+    """
 
     request_id: str
     index: int  # which of the request's n completions
@@ -213,6 +243,7 @@ class TokenEvent:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose K/V came from the prefix cache
     num_generated_tokens: int = 0  # so far, this piece included
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from jaxinfer.cache import CacheManager, Cell, PageCopy
-from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.config import EngineConfig
 from jaxinfer.plan import Admission, Chunk, Sequence
+from jaxinfer.rope import LengthRule
 from jaxinfer.slots import MAX_IN_FLIGHT, SlotTable, max_cells_per_plan
 from jaxinfer.waiting import PREEMPTIONS_TO_PROMOTE, WaitingQueue
 
@@ -21,12 +22,14 @@ _POOL_TOO_SMALL = "the page pool cannot hold one sequence of max_model_len"
 class RunningSet:
     """Every running sequence is prefilling or decoding. Preempted ones go back to the waiting queue."""
 
-    def __init__(self, config: EngineConfig, cache: CacheManager, waiting: WaitingQueue):
+    def __init__(
+        self, config: EngineConfig, cache: CacheManager, waiting: WaitingQueue, length_rule: LengthRule | None = None
+    ):
         self._cache = cache
         self._waiting = waiting
         self._rows_ahead = MAX_IN_FLIGHT * config.max_num_batched_tokens
-        groups = [PageGroup(window, ()) for window in cache.windows]
-        self._slots = SlotTable(config.max_num_seqs, max_cells_per_plan(config, groups, cache.page_size))
+        self._length_rule = length_rule
+        self._slots = SlotTable(config.max_num_seqs, max_cells_per_plan(config, cache.windows, cache.page_size))
         self._prefilling: list[Sequence] = []  # in order of admission; still without planned chunks for some rows
         self._decoding: list[Sequence] = []  # the others with a slot
         self._blocked: tuple[int, int] | None = None  # (sequence, page returns) of the last admission without pages
@@ -47,7 +50,7 @@ class RunningSet:
         """Decoding sequences that may still be running on the device, and the most steps one of them can yet take."""
         alive, most_left = [], 0
         for sequence in self._decoding:
-            left = sequence.max_total - len(sequence.tokens)
+            left = sequence.resident_max - len(sequence.tokens)
             if left > sequence.least_pending:
                 alive.append(sequence)
                 left -= sequence.most_pending
@@ -67,7 +70,7 @@ class RunningSet:
                 continue
             while True:
                 num_tokens = len(sequence.tokens) + sequence.most_pending + num_steps
-                num_rows = (num_tokens if num_tokens < sequence.max_total else sequence.max_total) - 1
+                num_rows = (num_tokens if num_tokens < sequence.resident_max else sequence.resident_max) - 1
                 if num_rows <= sequence.page_rows or self._extend(sequence, num_rows):
                     break
                 if num_steps > 1:
@@ -133,7 +136,9 @@ class RunningSet:
         if self._blocked == (sequence.seq_id, self._cache.num_returns):
             return None
         num_tokens = len(sequence.tokens)
-        acquired = self._cache.acquire(sequence.seq_id, sequence.tokens, salt=sequence.request.cache_salt)
+        acquired = self._cache.acquire(
+            sequence.seq_id, sequence.tokens, salt=self._salt(sequence), most_rows=sequence.reusable_rows
+        )
         num_cached = acquired.num_cached_tokens
         length = first_chunk(num_tokens - num_cached)
         cells = None
@@ -146,6 +151,9 @@ class RunningSet:
             assert not length or len(self), _POOL_TOO_SMALL
             return None
         slot = self._slots.take(sequence)
+        rule = self._length_rule
+        limit = None if rule is None else rule.resident_limit(num_tokens)
+        sequence.resident_max = sequence.max_total if limit is None else min(limit, sequence.max_total)
         sequence.prefill_end = num_tokens
         sequence.prefill_planned = num_cached
         sequence.page_rows = self._cache.page_rows(sequence.seq_id)
@@ -158,6 +166,12 @@ class RunningSet:
         for cell in (*acquired.cells, *cells):
             pages[cell.group].append(cell)
         return Admission(slot, sequence, num_cached, tuple(tuple(group) for group in pages)), length, acquired.copies
+
+    def _salt(self, sequence: Sequence) -> str:
+        """Sequences with equal tokens and salt have equal K/V, and may know of each other."""
+        rule = self._length_rule
+        length = "" if rule is None else rule.cache_salt(sequence.num_prompt, len(sequence.tokens))
+        return f"{length}\0{sequence.request.cache_salt}"
 
     def _has_room(self, seq_id: int, num_tokens: int) -> bool:
         """Whether all its tokens fit beside what the others need soon, so that it is not preempted at once."""

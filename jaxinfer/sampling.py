@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxinfer.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from jaxinfer.truncation import group_sums, group_width, masked_weights, top_k_threshold, top_p_threshold
+from pallas_kernels.reductions import in_lanes, row_sums
 
 UNUSED_ID = 2**31 - 1  # past any vocabulary: scatters drop it
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -340,23 +341,15 @@ def _logprobs(
     logits: jax.Array, tokens: jax.Array, arrays: SamplingArrays, active: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities of the tokens f32[slots]; ids and log-probabilities of the best [slots, MAX_TOP_LOGPROBS]."""
-    slots, vocab = logits.shape
-    num_top = min(MAX_TOP_LOGPROBS, vocab)
+    slots = logits.shape[0]
 
     def own() -> tuple[jax.Array, jax.Array]:
-        best = jnp.max(logits, axis=1).astype(jnp.float32)
-        ones = jnp.ones((slots,), jnp.float32)
-        total = jnp.sum(group_sums(masked_weights(logits, best, ones, -jnp.inf * ones, 0 * ones), 0 * ones), axis=1)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0].astype(jnp.float32)
-        normalizer = best + jnp.log(total)
+        normalizer = log_normalizers(logits)
         return chosen - normalizer, normalizer
 
     def top(normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, ids = lax.top_k(logits.astype(jnp.float32), num_top)
-        pad = ((0, 0), (0, MAX_TOP_LOGPROBS - num_top))
-        return jnp.pad(ids, pad, constant_values=-1), jnp.pad(
-            values - normalizer[:, None], pad, constant_values=-jnp.inf
-        )
+        return best_logprobs(logits, normalizer)
 
     def no_top(_: jax.Array) -> tuple[jax.Array, jax.Array]:
         shape = (slots, MAX_TOP_LOGPROBS)
@@ -366,3 +359,25 @@ def _logprobs(
     logprobs, normalizer = lax.cond(wanted, own, lambda: (jnp.zeros((slots,)), jnp.zeros((slots,))))
     top_ids, top_logprobs = lax.cond(jnp.any(active & (arrays.top_logprobs > 0)), top, no_top, normalizer)
     return logprobs, top_ids, top_logprobs
+
+
+def log_normalizers(logits: jax.Array) -> jax.Array:
+    """log(sum(exp(row))) of each row of logits [rows, vocab] -> f32[rows]; logits less this are log-probabilities."""
+    best = lax.optimization_barrier(jnp.max(logits, axis=1).astype(jnp.float32))  # as in reductions.softmax
+    ones = jnp.ones((logits.shape[0],), jnp.float32)
+    total = row_sums(group_sums(masked_weights(logits, best, ones, -jnp.inf * ones, 0 * ones), 0 * ones))
+    return best + in_lanes(jnp.log, total)
+
+
+def best_logprobs(logits: jax.Array, normalizers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most likely tokens' ids i32[rows, MAX_TOP_LOGPROBS] and log-probabilities f32, best first, lower ids on ties.
+
+    normalizers f32[rows] as log_normalizers() gives them. A smaller vocabulary is filled up with id -1, probability 0.
+    """
+    num_top = min(MAX_TOP_LOGPROBS, logits.shape[1])
+    values, ids = lax.top_k(logits.astype(jnp.float32), num_top)
+    rest = ((0, 0), (0, MAX_TOP_LOGPROBS - num_top))
+    return (
+        jnp.pad(ids, rest, constant_values=-1),
+        jnp.pad(values - normalizers[:, None], rest, constant_values=-jnp.inf),
+    )

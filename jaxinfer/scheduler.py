@@ -26,6 +26,7 @@ from jaxinfer.plan import (
     Update,
 )
 from jaxinfer.request import FinishReason, QueueFullError, Request, RequestError
+from jaxinfer.rope import LengthRule
 from jaxinfer.running import RunningSet
 from jaxinfer.slots import MAX_IN_FLIGHT
 from jaxinfer.waiting import WaitingQueue
@@ -68,6 +69,7 @@ class Scheduler:
         cache: CacheManager,
         *,
         max_model_len: int,
+        length_rule: LengthRule | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._config = config
@@ -75,7 +77,8 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._clock = clock
         self._waiting = WaitingQueue(config.batching, config.max_num_seqs, config.max_batch_wait_s)
-        self._running = RunningSet(config, cache, self._waiting)
+        self._running = RunningSet(config, cache, self._waiting, length_rule)
+        self._outgrown: list[Sequence] = []  # left their slots to be computed anew; calls in flight may name them
         self._in_flight: deque[Plan] = deque()
         self._next_seq_id = 0
         self._generation = 0
@@ -297,7 +300,7 @@ class Scheduler:
                     self._unpark_siblings(chunk.sequence)
         updates = []
         for slot, sequence in plan.running:
-            if sequence.finish_reason is not None:
+            if sequence.finish_reason is not None or sequence.slot is None:  # it ended, or has outgrown its K/V
                 continue
             sequence.most_pending -= plan.num_steps
             sequence.least_pending -= plan.least_steps
@@ -307,11 +310,27 @@ class Scheduler:
             num_rows_written = len(sequence.tokens) - 1
             if num_rows_written >= sequence.commit_at and code != FINISHED_NAN:
                 self._running.commit(sequence, num_rows_written)
-            if code != RUNS:
+            if code == FINISHED_LENGTH and len(sequence.tokens) < sequence.max_total:
+                self._running.leave(sequence, stop=False)
+                self._waiting.park(sequence)
+                self._outgrown.append(sequence)
+                updates.append(Update(sequence, slot, token_ids, None, None))
+            elif code != RUNS:
                 updates.append(self._end_on_device(sequence, slot, token_ids, code))
             elif token_ids:
                 updates.append(Update(sequence, slot, token_ids, None, None))
+        self._requeue_outgrown()
         return updates
+
+    def _requeue_outgrown(self) -> None:
+        """Sequences whose rotation changed with their length queue again once no call in flight names them."""
+        if not self._outgrown:
+            return
+        named = {sequence.seq_id for plan in self._in_flight for _, sequence in plan.running}
+        for sequence in self._outgrown:
+            if sequence.seq_id not in named:
+                self._waiting.unpark(sequence)
+        self._outgrown = [sequence for sequence in self._outgrown if sequence.seq_id in named]
 
     def _end_on_device(self, sequence: Sequence, slot: int, token_ids: tuple[int, ...], code: int) -> Update:
         reason = _FINISH_REASONS[code]
@@ -336,6 +355,7 @@ class Scheduler:
         """The device state is lost: running sequences queue again, to be recomputed; calls in flight are void."""
         self._running.reset()
         self._in_flight.clear()
+        self._requeue_outgrown()
         self._generation += 1
 
     # ---- state --------------------------------------------------------------------------------------------------

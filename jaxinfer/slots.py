@@ -10,32 +10,32 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from jaxinfer.cache import Cell
-from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.config import EngineConfig
 from jaxinfer.plan import Sequence
 
 MAX_IN_FLIGHT = 2  # calls dispatched and not yet applied
 
 
-def max_cells_per_plan(config: EngineConfig, groups: Seq[PageGroup], page_size: int) -> int:
+def max_cells_per_plan(config: EngineConfig, windows: Seq[int | None], page_size: int) -> int:
     """Most entries `Plan.cells` can have; cells of admissions are not among them.
 
     New pages: `loop_steps` rows per slot and the chunks' rows. Per applied call (at most MAX_IN_FLIGHT between two
     plans) as many pages may be swapped for the prefix tree's, and in windowed groups as many slide out, and one more:
-    slides wait for a page boundary.
+    slides wait for a page boundary. windows: one per page group.
     """
     num_sequences = config.max_num_seqs + config.max_prefill_seqs
     decode_pages = config.max_num_seqs * -(-config.loop_steps // page_size)
     per_call = decode_pages + config.max_num_batched_tokens // page_size + config.max_prefill_seqs
     num_cells = 0
-    for group in groups:
-        changed = per_call if group.window is None else 2 * per_call + num_sequences
+    for window in windows:
+        changed = per_call if window is None else 2 * per_call + num_sequences
         num_cells += per_call + MAX_IN_FLIGHT * changed
     return num_cells
 
 
-def max_copies_per_plan(config: EngineConfig, groups: Seq[PageGroup]) -> int:
+def max_copies_per_plan(config: EngineConfig, num_groups: int) -> int:
     """Most entries `Plan.copies` can have: one page per admission and group."""
-    return config.max_prefill_seqs * len(groups)
+    return config.max_prefill_seqs * num_groups
 
 
 class SlotTable:

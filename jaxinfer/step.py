@@ -27,7 +27,7 @@ from jaxinfer.batch import (
     control_record,
 )
 from jaxinfer.config import ModelConfig, page_groups
-from jaxinfer.models.transformer import Transformer
+from jaxinfer.models.transformer import Decoder
 from jaxinfer.plan import FINISHED_LENGTH, FINISHED_NAN, FINISHED_STOP, RUNS, StepResult
 from jaxinfer.request import MAX_TOP_LOGPROBS
 from pallas_kernels import attention
@@ -42,6 +42,7 @@ class Outcome(NamedTuple):
     main: jax.Array  # i32[slots, 2 * steps + 2]: steps made, finished, tokens, log-probabilities (f32 bits)
     top_ids: jax.Array  # i32[steps, slots, MAX_TOP_LOGPROBS]
     top_logprobs: jax.Array  # f32[steps, slots, MAX_TOP_LOGPROBS]
+    hidden: jax.Array | None = None  # of a mixed step: normed states [prefill_tokens, embed] of its prefill rows
 
 
 class Report(NamedTuple):
@@ -75,7 +76,7 @@ class Drivers:
 
     model: ModelConfig
     limits: Limits
-    merge: Callable[[Parameters], Transformer]
+    merge: Callable[[Parameters], Decoder]
 
     def decode_loop(
         self, parameters: Parameters, state: DeviceState, control: jax.Array, *, num_slots: int
@@ -135,7 +136,13 @@ class Drivers:
             )
             for table in slots.page_table
         )
-        hidden, cache = self._forward(model, cache, tokens, positions, ragged)
+        lengths = jnp.concatenate(
+            [
+                _lengths(self.model, slots, jnp.arange(num_slots), position),
+                _lengths(self.model, slots, chunks.token_slot, chunks.position),
+            ]
+        )
+        hidden, cache = self._forward(model, cache, tokens, positions, lengths, ragged)
 
         # each slot samples from one row: its decode row, or the last token of its final chunk
         row = jnp.arange(num_slots, dtype=jnp.int32)
@@ -146,7 +153,7 @@ class Drivers:
         logits = model.unembed(hidden[row])
         trace = _empty_trace(1, num_slots)
         slots, trace = self._advance(slots, trace, jnp.int32(0), logits, decoding | ends_prefill)
-        return DeviceState(cache, slots), _pack(trace, jnp.int32(1))
+        return DeviceState(cache, slots), _pack(trace, jnp.int32(1))._replace(hidden=hidden[num_slots:])
 
     @property
     def _control(self) -> Record:
@@ -157,7 +164,7 @@ class Drivers:
         return admission_record(self.limits, len(page_groups(self.model)))
 
     def _decode_step(
-        self, model: Transformer, state: DeviceState, trace: Trace, step: jax.Array, num_slots: int
+        self, model: Decoder, state: DeviceState, trace: Trace, step: jax.Array, num_slots: int
     ) -> tuple[DeviceState, Trace]:
         slots = state.slots
         active = ~slots.done[:num_slots]
@@ -173,16 +180,19 @@ class Drivers:
             )
             for table in slots.page_table
         )
-        hidden, cache = self._forward(model, state.cache, _last_tokens(slots, num_slots), position, ragged)
+        lengths = _lengths(self.model, slots, jnp.arange(num_slots), position)
+        tokens = _last_tokens(slots, num_slots)
+        hidden, cache = self._forward(model, state.cache, tokens, position, lengths, ragged)
         slots, trace = self._advance(slots, trace, step, model.unembed(hidden), active)
         return DeviceState(cache, slots), trace
 
     def _forward(
         self,
-        model: Transformer,
+        model: Decoder,
         cache: PagedCache,
         tokens: jax.Array,
         positions: jax.Array,
+        lengths: jax.Array,
         ragged: tuple[Ragged, ...],
     ) -> tuple[jax.Array, PagedCache]:
         """Hidden states `[tokens, embed]` of the packed batch, and the cache with its K/V written."""
@@ -192,14 +202,25 @@ class Drivers:
             home |= dict.fromkeys(group.layers, g)
         place = {layer: i for i, layer in enumerate(sorted(home))}
 
-        def attend(index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None) -> jax.Array:
-            spec = self.model.layers[index]
-            owner = index if spec.kv_from is None else spec.kv_from
+        def attend(
+            index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, sinks: jax.Array | None
+        ) -> jax.Array:
+            owner = self.model.kv_owner(index)
             at = place[owner]
-            out, _, layers[at] = attention.attend(q, k, v, layers[at], ragged[home[owner]], window=spec.window)
+            out, _, layers[at] = attention.attend(
+                q,
+                k,
+                v,
+                layers[at],
+                ragged[home[owner]],
+                window=self.model.layers[index].window,
+                softcap=self.model.attention_softcap,
+                sinks=sinks,
+                scale=self.model.attention_scale,
+            )
             return out
 
-        hidden = model(tokens, positions, attend)
+        hidden = model(tokens, positions, attend, lengths)
         return hidden, PagedCache(tuple(layers))
 
     def _advance(
@@ -303,6 +324,14 @@ def _chunk_layout(edits: dict[str, jax.Array], prefill_tokens: int, num_slots: i
 
 def _last_tokens(slots: SlotState, n: int) -> jax.Array:
     return slots.tokens[jnp.arange(n), jnp.maximum(slots.num_tokens[:n] - 1, 0)]
+
+
+def _lengths(model: ModelConfig, slots: SlotState, slot: jax.Array, position: jax.Array) -> jax.Array:
+    """i32[tokens]: the sequence length by which rotation picks frequencies, for tokens of `slot` at `position`."""
+    rule = model.length_rule
+    if rule is not None and rule.whole:
+        return slots.num_tokens[slot]
+    return jnp.maximum(slots.num_prompt[slot], position + 1)
 
 
 def _apply_control(slots: SlotState, edits: dict[str, jax.Array]) -> SlotState:

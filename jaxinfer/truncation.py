@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.reductions import row_sums
+
 _GROUP_SIZE = 32  # slices added up per pass
 
 
@@ -66,7 +68,7 @@ def top_p_threshold(weights: jax.Array, top_p: jax.Array, wanted: jax.Array) -> 
     """
 
     def mass(threshold: jax.Array) -> jax.Array:
-        return jnp.sum(group_sums(weights, threshold), axis=1)
+        return row_sums(group_sums(weights, threshold))
 
     def single(low: jax.Array, at_low: jax.Array, at_high: jax.Array) -> jax.Array:
         return at_low - at_high < 1.5 * _value(low)  # at most one token lies between: the bits below it are no matter

@@ -30,11 +30,14 @@ class Op:
     """An operation and its backends, `"name": "module"`, in the order in which an automatic choice prefers them.
 
     `platforms` names a backend's platforms where it does not take all; elsewhere it refuses without being imported.
+    `invariant` names the platforms on which a backend can be asked for row invariance: a row's bits then depend on
+    neither the number of rows nor the other rows. Nothing is promised where no test has seen it.
     """
 
     name: str
     backends: Mapping[str, str]
     platforms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    invariant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def load(self, backend: str) -> Any:
         """The module of a backend, imported on first use. Raises BackendError for an unknown name."""
@@ -42,11 +45,13 @@ class Op:
             raise BackendError(f"{self.name} backend {backend!r} is not one of auto, {', '.join(self.backends)}")
         return importlib.import_module(self.backends[backend])
 
-    def refuse(self, backend: str, /, *, device: Device, **case: Any) -> str | None:
+    def refuse(self, backend: str, /, *, device: Device, invariant: bool = False, **case: Any) -> str | None:
         """Why a backend does not take the case on this device; None where it does. BackendError for an unknown name."""
         platforms = self.platforms.get(backend, (device.platform,))
         if device.platform not in platforms:
             return f"it is for {' and '.join(platforms)}, the device is {device}"
+        if invariant and device.platform not in self.invariant.get(backend, ()):
+            return f"its rows' bits may depend on the batch on {device}: no test has shown otherwise"
         return self.load(backend).refuse(device=device, **case)
 
     def refusals(self, *, device: Device, **case: Any) -> dict[str, str | None]:
@@ -56,8 +61,9 @@ class Op:
     def choose(self, backend: str, /, *, device: Device, **case: Any) -> tuple[str, Any]:
         """`(name, module)` of the backend for `case`, the keyword arguments of every backend's `refuse`.
 
-        `backend` is "auto" (the first but the reference that does not refuse) or a name. Raises BackendError when the
-        named backend, or every backend but the reference, refuses.
+        `backend` is "auto" (the first but the reference that does not refuse) or a name. `invariant=True` in the case
+        asks for row invariance too. Raises BackendError when the named backend, or every backend but the reference,
+        refuses.
         """
         case = {**case, "device": device}
         if backend == "auto":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from doc_tables import replaced
 
 from pallas_kernels import attention, devices, grouped_matmul, matmul, triton_aot, triton_launch
 from pallas_kernels.devices import MIB, Device
@@ -200,15 +201,6 @@ def markdown(table: Table, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replaced(page: str, place: str, text: str) -> str:
-    """The page with a table between the markers of its place."""
-    begin, end = (f"<!-- {edge} {place} -->" for edge in ("begin", "end"))
-    if begin not in page or end not in page:
-        raise SystemExit(f"{PAGE.name} has no place for the table: {begin} ... {end}")
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="PART", help="calls whose operation, name and device hold this")
@@ -218,7 +210,7 @@ def main() -> int:
     if args.only and not args.print:
         parser.error(f"--only {args.only} needs --print: the page holds whole tables")
     say = lambda text: print(text, file=sys.stderr, flush=True)
-    failed, page = 0, replaced(PAGE.read_text(), "roofline", roofline())
+    failed, page = 0, replaced(PAGE.read_text(), "roofline", roofline(), PAGE)
     for table in TABLES:
         if args.backend and table.backend not in args.backend:
             continue
@@ -228,7 +220,7 @@ def main() -> int:
         if args.print:
             print(text)
         else:
-            page = replaced(page, table.backend, text)
+            page = replaced(page, table.backend, text, PAGE)
     if not args.print:
         PAGE.write_text(page)
     say(f"{failed} kernels do not compile" if failed else "every kernel compiles")

@@ -11,9 +11,9 @@ import numpy as np
 from tiny_corpus import END_OF_TEXT_ID
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import weight_name
+from jaxinfer.models import weight_source
 from jaxinfer.models.mistral import ministral_config
-from jaxinfer.models.transformer import Transformer, abstract_parameters, merger
+from jaxinfer.models.transformer import abstract_parameters, merger
 
 RESIDUAL_WEIGHTS = ("o_proj.weight", "down_proj.weight")
 EMBEDDING_SCALE = 0.04
@@ -82,7 +82,7 @@ class Model:
         self.shape = shape
         self.config: ModelConfig = ministral_config(hf_config(shape, vocab_size))
         specs = abstract_parameters(self.config, jnp.float32)
-        self.shapes = {weight_name(self.config.architecture, name): spec.shape for name, spec in specs.items()}
+        self.shapes = {weight_source(self.config, name).name: spec.shape for name, spec in specs.items()}
         self._merge = merger(self.config, COMPUTE_DTYPE, "xla")
 
     def init(self, seed: int) -> Params:
@@ -102,10 +102,12 @@ class Model:
     def __call__(self, params: Params, tokens: jax.Array) -> jax.Array:
         """`tokens i32[sequences, tokens]` -> logits `f32[sequences, tokens, vocab]`, computed in bfloat16."""
         sequences, length = tokens.shape
-        transformer: Transformer = self._merge(tuple(params[name].astype(COMPUTE_DTYPE) for name in self.shapes))
+        transformer = self._merge(tuple(params[name].astype(COMPUTE_DTYPE) for name in self.shapes))
 
-        def attend(layer: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None) -> jax.Array:
-            assert k is not None and v is not None  # no layer of a Llama block borrows another's
+        def attend(
+            layer: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, sinks: jax.Array | None
+        ) -> jax.Array:
+            assert k is not None and v is not None and sinks is None  # a Llama block has K/V of its own and no sinks
             q, k, v = (x.reshape(sequences, length, *x.shape[1:]) for x in (q, k, v))
             return attention(q, k, v, self.config.layers[layer].window).reshape(sequences * length, *q.shape[2:])
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.request import FinishReason, TokenLogprobs
+from jaxinfer.request import FinishReason, PromptLogprobs, TokenLogprobs
 from serving import wire
 from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 
@@ -40,6 +40,7 @@ class GenerateResult:
     request_id: str
     completions: tuple[Completion, ...]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None  # when asked for; one entry per prompt token
 
     @property
     def text(self) -> str:
@@ -60,6 +61,7 @@ class Chunk:
     error: str | None
     num_prompt_tokens: int | None  # on the first piece of the request
     usage: Usage | None
+    prompt_logprobs: PromptLogprobs | None = None  # when asked for, on the first piece of completion 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class ModelInfo:
     dtype: str
     server_version: str
     engine: dict[str, Any]
+    chat_templates: tuple[str, ...] = ()  # names; none for a model without a chat template
 
 
 def result_of(message: pb.GenerateResponse) -> GenerateResult:
@@ -91,7 +94,8 @@ def result_of(message: pb.GenerateResponse) -> GenerateResult:
         )
         for c in message.completions
     )
-    return GenerateResult(message.request_id, completions, usage_of(message.usage))
+    prompt_logprobs = wire.prompt_logprobs_from_proto(message)
+    return GenerateResult(message.request_id, completions, usage_of(message.usage), prompt_logprobs)
 
 
 def chunk_of(message: pb.GenerateStreamResponse) -> Chunk:
@@ -106,6 +110,7 @@ def chunk_of(message: pb.GenerateStreamResponse) -> Chunk:
         error=message.error or None,
         num_prompt_tokens=message.prompt.num_tokens if message.HasField("prompt") else None,
         usage=usage_of(message.usage) if message.HasField("usage") else None,
+        prompt_logprobs=wire.prompt_logprobs_from_proto(message),
     )
 
 
@@ -127,4 +132,5 @@ def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:
         dtype=message.dtype,
         server_version=message.server_version,
         engine=json.loads(message.engine_json),
+        chat_templates=tuple(message.chat_templates),
     )

@@ -353,6 +353,7 @@ def _merge(events: list[TokenEvent]) -> TokenEvent:
         token_ids=tuple(token for event in events for token in event.token_ids),
         text="".join(event.text for event in events),
         logprobs=tuple(logprobs) if any(event.logprobs is not None for event in events) else None,
+        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), None),
     )
 
 

@@ -16,7 +16,7 @@ from jaxinfer.models import load_config
 from jaxinfer.request import SamplingParams
 from serving.bench_report import Reporter
 from serving.bench_trace import parse_length
-from serving.flags import add_config_flags, config_from
+from serving.flags import add_config_flags, config_from, flag_type, positive
 
 SAMPLING_FIELDS = {
     "temperature": float,
@@ -98,25 +98,5 @@ def open_engine(args: argparse.Namespace, reporter: Reporter, *, num_seqs: int, 
     return engine
 
 
-def flag_type(parse: Any) -> Any:
-    """`parse` for argparse: its ValueError text reaches the user."""
-
-    def wrapped(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return wrapped
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.lstrip("+-").isdigit() else 0
-    if value < 1:
-        raise ValueError(f"{text!r} must be a whole number of at least 1")
-    return value
-
-
-positive = flag_type(_positive)
 length = flag_type(parse_length)
 sampling = flag_type(parse_sampling)

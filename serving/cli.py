@@ -1,4 +1,4 @@
-"""The `jaxinfer` command: serve, generate, bench, info, demo.
+"""The `jaxinfer` command: serve, generate, eval, check, bench, info, demo.
 
 stdout holds results (with --json one JSON document and nothing else), stderr everything else. Exit codes: 0 done,
 1 failed, 2 bad arguments. jax is imported by the commands that need it, so that --help is quick.
@@ -21,6 +21,8 @@ from typing import Any, TextIO
 
 from jaxinfer.config import ConfigError, EngineConfig, shipped_model
 from jaxinfer.request import RequestError
+from serving.check_cli import add_check_parser
+from serving.eval_cli import add_eval_parser
 from serving.flags import add_config_flags, config_from
 from serving.generate import add_generate_parser
 
@@ -143,10 +145,15 @@ def _info(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    choices = info.pop("kv_choices")
     table = Table(show_header=False, title=str(args.model))
     for key, value in info.items():
         table.add_row(key, value if isinstance(value, str) else json.dumps(value))
     Console().print(table)
+    sizes = Table("choice", "bytes per token", "bytes per sequence", title="K/V of a sequence of max_model_len tokens")
+    for choice in choices:
+        sizes.add_row(choice["choice"], f"{choice['bytes_per_token']:,.0f}", f"{choice['bytes_per_sequence']:,}")
+    Console().print(sizes)
     return 0
 
 
@@ -174,6 +181,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     server.set_defaults(func=_serve)
 
     add_generate_parser(subparsers, [model, common])
+    add_eval_parser(subparsers, [model, common])
+    add_check_parser(subparsers, [model, common])
     if "bench" in argv:
         from serving.benchmark import add_bench_parser
 

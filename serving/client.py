@@ -15,9 +15,11 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from jaxinfer.conversation import Conversation
 from jaxinfer.request import FinishReason, Priority, RequestError, SamplingParams
 from serving import wire
 from serving.answers import Chunk, Completion, GenerateResult, ModelInfo, Usage, chunk_of, model_info_of, result_of
+from serving.chat_wire import conversation_to_proto
 from serving.errors import (
     AlreadyExistsError,
     BusyError,
@@ -43,6 +45,7 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "Conversation",
     "DeadlineError",
     "FieldViolation",
     "FinishReason",
@@ -65,7 +68,7 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 RECONNECT_S = 0.1
 LONGEST_S = 1e8  # three years; gRPC's clock overflows at a few hundred
 
-Prompt = str | Sequence[int]  # text, or token ids
+Prompt = str | Sequence[int] | Conversation  # text, token ids, or messages for the model's chat template
 
 
 class RequestOptions(TypedDict, total=False):
@@ -306,14 +309,20 @@ def _request(prompt: Prompt, sampling: SamplingParams | None, options: RequestOp
         if name not in known:
             raise TypeError(f"unknown option {name!r}; the options are timeout_s, {', '.join(known)}")
     if isinstance(prompt, (bytes, bytearray, memoryview)) or prompt is None:
-        raise TypeError(f"a prompt is text or a sequence of token ids, not {type(prompt).__name__}")
-    fields: dict[str, Any] = {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}
+        raise TypeError(f"a prompt is text, a sequence of token ids or a Conversation, not {type(prompt).__name__}")
     try:
+        fields = _prompt_fields(prompt)
         priority = wire.priority_to_proto(options.get("priority", Priority.ONLINE))
         fields["sampling"] = None if sampling is None else wire.sampling_to_proto(sampling)
     except RequestError as error:
         raise refusal_of(error) from None
     return _message(pb.GenerateRequest, **{**options, **fields, "priority": priority})
+
+
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt, Conversation):
+        return {"chat": conversation_to_proto(prompt)}
+    return {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}
 
 
 def _message[Kind: Message](kind: type[Kind], **fields: Any) -> Kind:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import uuid
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from jaxinfer.conversation import Conversation
 from jaxinfer.request import EngineDeadError, QueueFullError, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 DOMAIN = "jaxinfer"
 MAX_MESSAGE_BYTES = 512  # status travels in HTTP/2 headers, twice and escaped; peers refuse more than 8 KiB of them
 _SAMPLING_FIELDS = {spec.name for spec in dataclasses.fields(SamplingParams)}
+_CHAT_FIELDS = {spec.name for spec in dataclasses.fields(Conversation)}
 RETRY_CALLS_S = 1.0
 TOO_LARGE = "MESSAGE_TOO_LARGE"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -126,7 +129,9 @@ def field_path(field_name: str) -> str:
     """Where the field of a RequestError lies in a GenerateRequest: `top_p` is `sampling.top_p`."""
     if field_name == "prompt_token_ids":
         return "token_ids"
-    return f"sampling.{field_name}" if field_name.partition("[")[0] in _SAMPLING_FIELDS else field_name
+    first = re.split(r"[\[.]", field_name, maxsplit=1)[0]
+    group = "sampling." if first in _SAMPLING_FIELDS else "chat." if first in _CHAT_FIELDS else ""
+    return group + field_name
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

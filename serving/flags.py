@@ -89,6 +89,28 @@ def add_flag(
     group.add_argument(flag, dest=name, type=value_type, default=default, choices=choices, metavar=metavar, help=text)
 
 
+def flag_type(parse: Any) -> Any:
+    """`parse` for argparse: its ValueError text reaches the user."""
+
+    def wrapped(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return wrapped
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise ValueError(f"{text!r} must be a whole number of at least 1")
+    return value
+
+
+positive = flag_type(_positive)
+
+
 def _value_type(name: str, annotation: Any) -> type:
     """int, float, str or bool for an annotation that is one of them, or one of them or None."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import sys
 import typing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.conversation import Conversation
 from jaxinfer.request import FinishReason, SamplingParams, TokenLogprobs
 from serving.flags import add_config_flags, add_flag, config_from
 
@@ -35,6 +37,7 @@ _SCALAR_HELP = {
     "ignore_eos": "go on past the model's end of sequence",
     "logprobs": "report the log-probability of each token",
     "top_logprobs": "report as many alternatives per token; needs --logprobs",
+    "prompt_logprobs": "report the prompt's own log-probabilities, with as many alternatives (0: none)",
     "skip_special_tokens": "leave special tokens out of the text",
 }
 
@@ -50,6 +53,22 @@ def add_generate_parser(subparsers: Any, parents: list[argparse.ArgumentParser])
     )
     prompts.add_argument(
         "--token-ids", action=_AddPrompt, dest="prompts", metavar="1,2,3", type=_ids, help="a prompt as token ids"
+    )
+    prompts.add_argument(
+        "--chat",
+        action=_AddPrompt,
+        dest="prompts",
+        metavar="TEXT",
+        type=_chat,
+        help="a user's message, for the model's chat template",
+    )
+    prompts.add_argument(
+        "--messages",
+        action=_AddPrompt,
+        dest="prompts",
+        metavar="FILE",
+        type=_conversation,
+        help="a conversation as JSON: a list of messages, or an object with messages, tools and so on",
     )
     group = parser.add_argument_group("sampling options")
     group.add_argument(
@@ -79,7 +98,7 @@ def add_generate_parser(subparsers: Any, parents: list[argparse.ArgumentParser])
 def run(args: argparse.Namespace) -> int:
     """Complete the prompts of the parsed arguments; print text, or one JSON document."""
     if not args.prompts:
-        args.usage_error("at least one --prompt or --token-ids is needed")
+        args.usage_error("at least one --prompt, --token-ids, --chat or --messages is needed")
     sampling = sampling_from(args)
     config = config_from(args, EngineConfig, _SKIP)
     from jaxinfer.llm import LLM  # imports jax, which takes seconds
@@ -121,6 +140,7 @@ def document(results: list[GenerationResult], *, has_text: bool) -> dict[str, An
             "text": output.text if has_text else None,
             "finish_reason": None if output.finish_reason is None else output.finish_reason.value,
             "logprobs": None if output.logprobs is None else _logprobs_json(output.token_ids, output.logprobs),
+            "prompt_logprobs": _prompt_logprobs_json(result) if output.index == 0 else None,
             "error": output.error,
         }
         for prompt_index, result in enumerate(results)
@@ -139,10 +159,25 @@ def _logprobs_json(token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[
         {
             "token_id": token,
             "logprob": item.logprob,
-            "top": [{"token_id": other, "logprob": value} for other, value in item.top],
+            "top": _top_json(item.top),
         }
         for token, item in zip(token_ids, logprobs, strict=True)
     ]
+
+
+def _prompt_logprobs_json(result: GenerationResult) -> list[dict[str, Any] | None] | None:
+    if result.prompt_logprobs is None:
+        return None
+    return [
+        None
+        if item is None
+        else {"token_id": token, "logprob": item.logprob, "rank": item.rank, "top": _top_json(item.top)}
+        for token, item in zip(result.prompt_token_ids, result.prompt_logprobs, strict=True)
+    ]
+
+
+def _top_json(top: tuple[tuple[int, float], ...]) -> list[dict[str, Any]]:
+    return [{"token_id": token, "logprob": value} for token, value in top]
 
 
 def _print(results: list[GenerationResult]) -> None:
@@ -154,7 +189,7 @@ def _print(results: list[GenerationResult]) -> None:
 
 
 class _AddPrompt(argparse.Action):
-    """--prompt and --token-ids append to one list, so that their order is kept."""
+    """All kinds of prompts append to one list, so that their order is kept."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
@@ -175,6 +210,24 @@ def _ids(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def _chat(text: str) -> Conversation:
+    return Conversation([{"role": "user", "content": _text(text)}])
+
+
+def _conversation(path: str) -> Conversation:
+    try:
+        given = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON: {error}") from None
+    if isinstance(given, list):
+        return Conversation(given)
+    names = [spec.name for spec in dataclasses.fields(Conversation)]
+    if not isinstance(given, dict) or "messages" not in given or not given.keys() <= set(names):
+        choices = f"a list of messages nor an object with messages and none but {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"{path} holds neither {choices}")
+    return Conversation(**given)
 
 
 def _max_tokens(text: str) -> int | None:

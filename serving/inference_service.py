@@ -106,13 +106,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with self._submitted(request, one_answer=True) as (running, stream, num_completions):
             tally = wire.Tally(num_completions)
             parts = [_Parts() for _ in range(num_completions)]
+            prompt_logprobs = None
             async for event in stream:
                 tally.count(event)
+                prompt_logprobs = prompt_logprobs or event.prompt_logprobs
                 parts[event.index].add(event)
             if tally.failure is not None:
                 raise errors.CompletionFailedError(tally.failure)
         completions = [part.message(index) for index, part in enumerate(parts)]
-        return pb.GenerateResponse(request_id=running.name, completions=completions, usage=tally.usage())
+        return pb.GenerateResponse(
+            request_id=running.name,
+            completions=completions,
+            usage=tally.usage(),
+            prompt_logprobs=wire.prompt_logprobs_to_proto(prompt_logprobs),
+        )
 
     @_answers
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -173,6 +180,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             dtype=engine.config.dtype,
             server_version=_version(),
             engine_json=json.dumps(self._info),
+            chat_templates=() if engine.chat_template is None else engine.chat_template.names,
         )
 
     @_answers
@@ -207,7 +215,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[tuple[_Running, TokenStream, int]]:
         """The message's request in the engine; however this is left, the request ends and its name is free.
 
-        AnswerTooLargeError when `one_answer` must hold all of it, and that could not be sent.
+        AnswerTooLargeError when `one_answer` must hold all of it, or one message of a stream the prompt's
+        log-probabilities, and that could not be sent.
         """
         self._check_model(message)
         wire.check_names(message)
@@ -217,10 +226,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         running = self._running[name] = _Running(name)
         try:
             request = await self._request(name, message)
-            if one_answer:
-                num_bytes = wire.min_answer_bytes(request, self._engine.engine.max_model_len)
-                if num_bytes > self.max_answer_bytes:
-                    raise errors.AnswerTooLargeError(num_bytes, self.max_answer_bytes)
+            limit = self._engine.engine.max_model_len
+            num_bytes = wire.min_answer_bytes(request, limit) if one_answer else wire.min_prompt_bytes(request)
+            if num_bytes > self.max_answer_bytes:
+                raise errors.AnswerTooLargeError(num_bytes, self.max_answer_bytes)
             async with self._engine.submit(request) as stream:
                 running.stream = stream
                 if running.aborted:
@@ -242,8 +251,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 if message.HasField("add_special_tokens"):
                     raise RequestError("add_special_tokens", "is for a text prompt; token_ids are taken as they are")
                 prompt = tuple(message.token_ids.ids)
+            case "chat":
+                if message.HasField("add_special_tokens"):
+                    raise RequestError("add_special_tokens", "is for a text prompt; a chat template writes them itself")
+                engine = self._engine.engine
+                prompt = await self._tokenizing.encode_chat(engine.tokenizer, engine.chat_template, message.chat)
             case _:
-                raise RequestError("prompt", "is missing; set text or token_ids")
+                raise RequestError("prompt", "is missing; set text, token_ids or chat")
         return Request(name, prompt, sampling, priority, message.cache_salt)
 
     def _check_model(

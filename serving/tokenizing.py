@@ -1,4 +1,4 @@
-"""Tokenization off the event loop and off the engine thread.
+"""Tokenization and chat templates, off the event loop and off the engine thread.
 
 Hides the thread pool and the limits that are checked before any work is done.
 """
@@ -12,8 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxinfer.request import QueueFullError, RequestError
+from serving.chat_wire import conversation_from_proto
+from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
+    from jaxinfer.chat import ChatTemplate
     from jaxinfer.tokenizer import Tokenizer
 
 RETRY_S = 1.0
@@ -35,6 +38,24 @@ class TokenizerPool:
         if len(text) > self._max_prompt_chars:
             raise RequestError("text", f"{len(text)} characters are over the limit of {self._max_prompt_chars}")
         return tuple(await self._run(partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)))
+
+    async def encode_chat(
+        self, tokenizer: Tokenizer | None, template: ChatTemplate | None, chat: pb.Chat
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation's prompt. RequestError (no template, see ChatTemplate) or QueueFullError."""
+        if tokenizer is None:
+            raise RequestError("chat", "this model has no tokenizer; send token_ids")
+        if template is None:
+            raise RequestError("chat", "this model has no chat template; send text")
+        return tuple(await self._run(partial(self._encode_chat, tokenizer, template, chat)))
+
+    def _encode_chat(self, tokenizer: Tokenizer, template: ChatTemplate, chat: pb.Chat) -> list[int]:
+        text = template.render(conversation_from_proto(chat))
+        if len(text) > self._max_prompt_chars:
+            raise RequestError(
+                "chat", f"the prompt's {len(text)} characters are over the limit of {self._max_prompt_chars}"
+            )
+        return tokenizer.encode(text, add_special_tokens=False)
 
     async def decode(
         self, tokenizer: Tokenizer | None, ids: Sequence[int], *, vocab_size: int, skip_special_tokens: bool

@@ -10,7 +10,17 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from jaxinfer.request import FinishReason, Priority, Request, RequestError, SamplingParams, TokenEvent, TokenLogprobs
+from jaxinfer.request import (
+    FinishReason,
+    Priority,
+    PromptLogprob,
+    PromptLogprobs,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 
 MAX_REQUEST_ID_CHARS = 256
@@ -18,6 +28,7 @@ MAX_CACHE_SALT_CHARS = 1024
 MAX_TOKEN_ID = 2**32 - 1
 MIN_LOGPROBS_BYTES = 2 + 9  # tag and length of the message, tag and value of the double
 MIN_LOGPROB_BYTES = 2 + 9 + 2  # and tag and value of an id
+MIN_PROMPT_LOGPROB_BYTES = 2 + 9 + 2  # and tag and value of a rank
 
 # SamplingParams fields that are proto scalars of the same name; the others are handled by name below.
 _SCALARS = (
@@ -36,6 +47,7 @@ _SCALARS = (
     "ignore_eos",
     "logprobs",
     "top_logprobs",
+    "prompt_logprobs",
     "skip_special_tokens",
 )
 
@@ -123,17 +135,25 @@ def check_names(message: pb.GenerateRequest) -> None:
             raise RequestError(name, f"{len(getattr(message, name))} characters are over the limit of {limit}")
 
 
+def min_prompt_bytes(request: Request) -> int:
+    """What the prompt's log-probabilities take at the least; one message holds them all."""
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None:
+        return 0
+    return (len(request.prompt_token_ids) - 1) * (MIN_PROMPT_LOGPROB_BYTES + num_top * MIN_LOGPROB_BYTES)
+
+
 def min_answer_bytes(request: Request, max_model_len: int) -> int:
     """What a GenerateResponse takes at the least, without text, when every completion reaches the max_tokens asked for.
 
-    0 for a request without max_tokens: how long it gets is not known.
+    Without max_tokens how long they get is not known: only the prompt's part counts.
     """
     sampling = request.sampling
     if sampling.max_tokens is None:
-        return 0
+        return min_prompt_bytes(request)
     num_tokens = min(sampling.max_tokens, max_model_len - len(request.prompt_token_ids))
     logprobs = (MIN_LOGPROBS_BYTES + sampling.top_logprobs * MIN_LOGPROB_BYTES) if sampling.logprobs else 0
-    return sampling.n * num_tokens * (1 + logprobs)
+    return sampling.n * num_tokens * (1 + logprobs) + min_prompt_bytes(request)
 
 
 def finish_to_proto(reason: FinishReason | None) -> pb.FinishReason:
@@ -148,15 +168,34 @@ def finish_from_proto(value: int) -> FinishReason | None:
 
 def logprobs_to_proto(logprobs: Sequence[TokenLogprobs] | None) -> list[pb.TokenLogprobs]:
     """One message per token."""
-    return [
-        pb.TokenLogprobs(logprob=item.logprob, top=[pb.TokenLogprob(token_id=t, logprob=v) for t, v in item.top])
-        for item in logprobs or ()
-    ]
+    return [pb.TokenLogprobs(logprob=item.logprob, top=_top_to_proto(item.top)) for item in logprobs or ()]
 
 
 def logprobs_from_proto(messages: Sequence[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...] | None:
     """One entry per token; None when the server sent none."""
     return tuple(TokenLogprobs(m.logprob, tuple((t.token_id, t.logprob) for t in m.top)) for m in messages) or None
+
+
+def prompt_logprobs_to_proto(logprobs: PromptLogprobs | None) -> pb.PromptLogprobs | None:
+    """One entry per token after the first; None stays None."""
+    if logprobs is None:
+        return None
+    items = (item for item in logprobs if item is not None)
+    return pb.PromptLogprobs(
+        tokens=[pb.PromptLogprob(logprob=i.logprob, rank=i.rank, top=_top_to_proto(i.top)) for i in items]
+    )
+
+
+def prompt_logprobs_from_proto(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> PromptLogprobs | None:
+    """One entry per prompt token, None for the first; None when the server sent none."""
+    if not message.HasField("prompt_logprobs"):
+        return None
+    tokens = message.prompt_logprobs.tokens
+    return (None, *(PromptLogprob(m.logprob, m.rank, tuple((t.token_id, t.logprob) for t in m.top)) for m in tokens))
+
+
+def _top_to_proto(top: Sequence[tuple[int, float]]) -> list[pb.TokenLogprob]:
+    return [pb.TokenLogprob(token_id=token, logprob=value) for token, value in top]
 
 
 def chunk_to_proto(request_id: str, event: TokenEvent) -> pb.GenerateStreamResponse:
@@ -169,6 +208,7 @@ def chunk_to_proto(request_id: str, event: TokenEvent) -> pb.GenerateStreamRespo
         logprobs=logprobs_to_proto(event.logprobs),
         finish_reason=finish_to_proto(event.finish_reason),
         error=event.error or "",
+        prompt_logprobs=prompt_logprobs_to_proto(event.prompt_logprobs),
     )
 
 

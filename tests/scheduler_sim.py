@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxinfer.cache import CacheManager
-from jaxinfer.config import EngineConfig, PageGroup
+from jaxinfer.config import EngineConfig, KVShape, PageGroup
 from jaxinfer.plan import Plan, Sequence, StepResult, Update
 from jaxinfer.request import FinishReason, Priority, Request, SamplingParams
+from jaxinfer.rope import LengthRule
 from jaxinfer.scheduler import Scheduler
 from jaxinfer.slots import max_cells_per_plan, max_copies_per_plan
 
@@ -25,21 +26,30 @@ def row_hash(previous: int, token: int) -> int:
     return hash((previous, token))
 
 
-def root_hash(salt: str) -> int:
-    return hash(("root", len(salt)))
+def root_hash(request: Request, rule: LengthRule | None, num_tokens: int) -> int:
+    """Where a sequence of `num_tokens` begins: tenants differ, and so may lengths."""
+    length = rule.cache_salt(len(request.prompt_token_ids), num_tokens) if rule else ""
+    return hash(("root", len(request.cache_salt), len(length)))
+
+
+def last_row(request: Request, rule: LengthRule | None, tokens: list[int]) -> int:
+    state = root_hash(request, rule, len(tokens))
+    for token in tokens:
+        state = row_hash(state, token)
+    return state
 
 
 def next_token(row: int, seed: int) -> int:
     return hash((row, seed)) % VOCAB
 
 
-def expected_completion(request: Request, seed: int, max_total: int) -> tuple[list[int], FinishReason]:
+def expected_completion(
+    request: Request, seed: int, max_total: int, rule: LengthRule | None
+) -> tuple[list[int], FinishReason]:
     """What the fake model generates, and why it ends. Stop id and NaN are decided as the device does."""
-    state = root_hash(request.cache_salt)
-    for token in request.prompt_token_ids:
-        state = row_hash(state, token)
     generated: list[int] = []
     while True:
+        state = last_row(request, rule, [*request.prompt_token_ids, *generated])
         if is_nan(state, seed, request):
             return generated, FinishReason.ERROR
         token = next_token(state, seed)
@@ -48,7 +58,6 @@ def expected_completion(request: Request, seed: int, max_total: int) -> tuple[li
             return generated, FinishReason.STOP
         if len(request.prompt_token_ids) + len(generated) == max_total:
             return generated, FinishReason.LENGTH
-        state = row_hash(state, token)
 
 
 def is_nan(row: int, seed: int, request: Request) -> bool:
@@ -70,6 +79,7 @@ class FakeDevice:
 
     config: EngineConfig
     groups: list[PageGroup]
+    rule: LengthRule | None = None
     slots: dict[int, Slot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,7 +142,7 @@ class FakeDevice:
             table, pages = state.tables[group], self.pages[group]
             assert table.get(row // size, 0) > 0, f"group {group}: row {row} has no page"
             window = page_group.window
-            expected = root_hash(state.sequence.request.cache_salt)
+            expected = root_hash(state.sequence.request, self.rule, len(state.tokens))
             first = 0 if window is None else max(0, row - window + 1)
             for seen in range(row + 1):
                 expected = row_hash(expected, state.tokens[seen])
@@ -156,20 +166,29 @@ class FakeDevice:
         state.tokens.append(token)
         if token in sequence.request.sampling.stop_token_ids:
             finished[slot], state.active = 1, False
-        elif len(state.tokens) == sequence.max_total:
+        elif len(state.tokens) == sequence.resident_max:
             finished[slot], state.active = 2, False
 
 
 class Driver:
     """The engine's loop: plan and dispatch call k + 1, then apply call k."""
 
-    def __init__(self, config: EngineConfig, windows: tuple[int | None, ...], num_pages: list[int], max_model_len: int):
-        self.config = config
-        self.groups = [PageGroup(window, (index,)) for index, window in enumerate(windows)]
+    def __init__(
+        self,
+        config: EngineConfig,
+        windows: tuple[int | None, ...],
+        num_pages: list[int],
+        max_model_len: int,
+        rule: LengthRule | None = None,
+    ):
+        self.config, self.rule = config, rule
+        self.groups = [PageGroup(window, KVShape(1, 2), (index,)) for index, window in enumerate(windows)]
         self.cache = CacheManager(self.groups, num_pages, config.page_size, prefix_caching=config.prefix_caching)
         self.now_s = 0.0
-        self.scheduler = Scheduler(config, self.cache, max_model_len=max_model_len, clock=lambda: self.now_s)
-        self.device = FakeDevice(config, self.groups)
+        self.scheduler = Scheduler(
+            config, self.cache, max_model_len=max_model_len, length_rule=rule, clock=lambda: self.now_s
+        )
+        self.device = FakeDevice(config, self.groups, rule)
         self.flight: tuple[Plan, StepResult] | None = None
         self.got: dict[int, list[int]] = {}
         self.ended: dict[int, FinishReason] = {}
@@ -222,14 +241,14 @@ class Driver:
         assert len(plan.chunks) <= config.max_prefill_seqs
         chunked = {chunk.slot for chunk in plan.chunks}
         assert len(chunked) == len(plan.chunks) and {a.slot for a in plan.admissions} <= chunked
-        assert len(plan.cells) <= max_cells_per_plan(config, self.groups, config.page_size)
-        assert len(plan.copies) <= max_copies_per_plan(config, self.groups)
+        assert len(plan.cells) <= max_cells_per_plan(config, self.cache.windows, config.page_size)
+        assert len(plan.copies) <= max_copies_per_plan(config, len(self.groups))
         slots = [slot for slot, _ in plan.running]
         assert len(set(slots)) == len(slots) and all(slot < plan.num_slots <= config.max_num_seqs for slot in slots)
 
     def reset(self) -> None:
         """A call failed: the device's state is gone, and with it the call in flight."""
-        self.device = FakeDevice(self.config, self.groups)
+        self.device = FakeDevice(self.config, self.groups, self.rule)
         lost, self.flight = self.flight, None
         self.scheduler.reset_device()
         if lost is not None:
@@ -247,7 +266,7 @@ class Driver:
     def check_answers(self) -> None:
         """Every sequence ended once, with the fake model's tokens (a prefix of them where the host ended it)."""
         for sequence in self.sequences:
-            expected, reason = expected_completion(sequence.request, sequence.seed, sequence.max_total)
+            expected, reason = expected_completion(sequence.request, sequence.seed, sequence.max_total, self.rule)
             got = self.got[sequence.seq_id]
             if self.ended[sequence.seq_id] is FinishReason.ABORT:
                 assert got == expected[: len(got)]

@@ -82,9 +82,10 @@ class CacheManager:
     def _forget_page(self, group: int, page: int) -> None:
         self._pools[group].forget(page)
 
-    def acquire(self, seq_id: int, tokens: Seq[int], *, salt: str = "") -> Acquired:
+    def acquire(self, seq_id: int, tokens: Seq[int], *, salt: str = "", most_rows: int | None = None) -> Acquired:
         """Register a sequence and give it the longest cached prefix of its tokens, at most len(tokens) - 1 rows.
 
+        most_rows: a lower limit, for who needs the later rows computed.
         Full pages are shared. The page in which the match ends is copied, unless the pool has no page for the copy.
         """
         assert seq_id not in self._holdings, f"sequence {seq_id} is registered already"
@@ -92,7 +93,8 @@ class CacheManager:
         if not self.prefix_caching:
             self._holdings[seq_id] = _Holding([[] for _ in range(num_groups)], [0] * num_groups, 0, None)
             return Acquired(0, (), ())
-        match = self._tree.match(encode_tokens(tokens[: len(tokens) - 1]), salt)
+        limit = len(tokens) - 1 if most_rows is None else min(most_rows, len(tokens) - 1)
+        match = self._tree.match(encode_tokens(tokens[:limit]), salt)
         num_full = len(match.path)
         tip = match.path[-1] if match.path else match.root
         tip.num_tips += 1

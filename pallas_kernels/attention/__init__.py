@@ -58,6 +58,7 @@ OP = Op(
         "triton": ("cuda", "rocm"),
         "llvm_cpu": ("cpu",),
     },
+    invariant={"llvm_cpu": ("cpu",), "xla": ("cpu",)},  # their allocate takes `invariant`
 )
 
 
@@ -133,20 +134,35 @@ def default_page_size(device: Device) -> int:
 
 
 def choose(
-    spec: KVSpec, *, backend: str = "auto", q_heads: int | None = None, device: Device | None = None
+    spec: KVSpec,
+    *,
+    backend: str = "auto",
+    q_heads: int | None = None,
+    device: Device | None = None,
+    invariant: bool = False,
 ) -> tuple[str, Any]:
     """`(name, module)` of the backend that holds such pages; BackendError where a forced one, or every one, refuses.
 
     `q_heads`: query heads that will read them (None: as many as KV heads); `device`: None is the one compiled for.
+    `invariant`: one whose results for a query depend on that query and the rows it sees alone, in any dtype.
     """
-    return OP.choose(backend, spec=spec, q_heads=q_heads or spec.kv_heads, device=device or devices.current())
+    promise = {"invariant": True} if invariant else {}
+    q_heads, device = q_heads or spec.kv_heads, device or devices.current()
+    return OP.choose(backend, spec=spec, q_heads=q_heads, device=device, **promise)
 
 
 def allocate(
-    spec: KVSpec, num_pages: int, *, backend: str = "auto", q_heads: int | None = None, device: Device | None = None
+    spec: KVSpec,
+    num_pages: int,
+    *,
+    backend: str = "auto",
+    q_heads: int | None = None,
+    device: Device | None = None,
+    invariant: bool = False,
 ) -> LayerKV:
-    """Zeroed pages for one layer, on the backend of `choose`. Page 0 is the trash page."""
-    return choose(spec, backend=backend, q_heads=q_heads, device=device)[1].allocate(spec, num_pages)
+    """Zeroed pages for one layer, on the backend of `choose`, and read as asked there. Page 0 is the trash page."""
+    _, module = choose(spec, backend=backend, q_heads=q_heads, device=device, invariant=invariant)
+    return module.allocate(spec, num_pages, invariant=True) if invariant else module.allocate(spec, num_pages)
 
 
 def attend(

@@ -230,11 +230,13 @@ def _stored(values: np.ndarray, case: Case) -> PageRows:
     return PageRows(rows.astype(case.spec.dtype))
 
 
-def run(backend: str, case: Case, inputs: Inputs, *, device: Device | None = None) -> Outcome:
+def run(backend: str, case: Case, inputs: Inputs, *, device: Device | None = None, invariant: bool = False) -> Outcome:
     """The case on one backend, under jit; `device`: what the pages are made for, where it is not this machine."""
     num_pages = len(inputs.pages.values)
     everything = jnp.arange(num_pages)
-    kv = attention.allocate(case.spec, num_pages, backend=backend, q_heads=case.q_heads, device=device)
+    kv = attention.allocate(
+        case.spec, num_pages, backend=backend, q_heads=case.q_heads, device=device, invariant=invariant
+    )
     kv = attention.write_pages(kv, everything, inputs.pages)
 
     @jax.jit

@@ -48,8 +48,8 @@ def _register() -> str | None:
     return jit.unavailable() or jit.register(TARGET_NAME, handler.module(TARGET_NAME) + llvm_rows.module())
 
 
-def allocate(spec: KVSpec, num_pages: int) -> XlaKV:
-    return xla.allocate(spec, num_pages, backend="llvm_cpu")
+def allocate(spec: KVSpec, num_pages: int, *, invariant: bool = False) -> XlaKV:
+    return xla.allocate(spec, num_pages, backend="llvm_cpu", invariant=invariant)
 
 
 def attend(

@@ -23,13 +23,14 @@ from pallas_kernels.reductions import row_sums
 
 BLOCK = 128  # K/V rows per online-softmax step
 Q_BLOCK = 64  # query tokens per prefill tile
+INVARIANT_TOKENS = 16  # per tile, decoded or prefilled, where a query's bits must not depend on their number
 MASKED = -1e30  # finite, so that a fully masked block changes nothing: exp(MASKED - MASKED) is 1, not NaN
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("keys", "values", "key_scales", "value_scales"),
-    meta_fields=("backend",),
+    meta_fields=("backend", "invariant"),
 )
 @dataclass(frozen=True)
 class XlaKV:
@@ -43,6 +44,7 @@ class XlaKV:
     key_scales: jax.Array | None = None  # f32[pages, kv_heads, page_size]
     value_scales: jax.Array | None = None
     backend: str = "xla"
+    invariant: bool = False  # a query's bits must not depend on its neighbours, in bfloat16 either
 
     @property
     def spec(self) -> KVSpec:
@@ -88,14 +90,14 @@ def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     return None
 
 
-def allocate(spec: KVSpec, num_pages: int, *, backend: str = "xla") -> XlaKV:
+def allocate(spec: KVSpec, num_pages: int, *, backend: str = "xla", invariant: bool = False) -> XlaKV:
     packed = jnp.dtype(spec.dtype).name == "int4"
     rows = (num_pages, spec.kv_heads, spec.page_size)
     width, dtype = (spec.head_dim // 2, jnp.uint8) if packed else (spec.head_dim, spec.dtype)
     keys, values = (jnp.zeros((*rows, width), dtype) for _ in range(2))
     if not spec.quantized:
-        return XlaKV(keys, values, backend=backend)
-    return XlaKV(keys, values, jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.float32), backend)
+        return XlaKV(keys, values, backend=backend, invariant=invariant)
+    return XlaKV(keys, values, jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.float32), backend, invariant)
 
 
 def attend(
@@ -113,12 +115,16 @@ def attend(
     num_tokens = q.shape[0]
     kv = write(kv, k, v, ragged, num_tokens)
     rules = Rules(window, softcap, scale)
-    decode_tokens = ragged.num_decode_seqs * ragged.width
     parts = []
-    if decode_tokens:
-        parts.append(_decode(q[:decode_tokens], kv, ragged, rules))
-    if num_tokens > decode_tokens:
-        parts.append(_prefill(q, decode_tokens, kv, ragged, rules))
+    if kv.invariant and q.dtype != jnp.float32:  # in float32 the number of rows of a dot does not matter
+        parts.append(_prefill(q, 0, kv, _without_decoding(ragged), rules, INVARIANT_TOKENS))
+    else:
+        decode_tokens = ragged.num_decode_seqs * ragged.width
+        if decode_tokens:
+            parts.append(_decode(q[:decode_tokens], kv, ragged, rules))
+        if num_tokens > decode_tokens:
+            size = min(Q_BLOCK, max(2, num_tokens - decode_tokens))
+            parts.append(_prefill(q, decode_tokens, kv, ragged, rules, size))
     highest, total, weighted = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     used = total != 0  # NaN counts: it must be seen; an unused sequence's tokens see nothing, sinks included
     if sinks is not None:
@@ -190,12 +196,18 @@ def _tokens_first(x: jax.Array, seqs: int, tokens: int, rows_per_token: int, gro
     return x.reshape(seqs * tokens, -1, *x.shape[4:])
 
 
-def _prefill(q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, rules: Rules) -> Softmax:
-    """Tile by tile of Q_BLOCK query tokens of one sequence; the number of tiles and blocks is dynamic."""
+def _without_decoding(ragged: Ragged) -> Ragged:
+    """The same sequences, all of them of any length."""
+    seq = jnp.arange(ragged.q_start.shape[0], dtype=jnp.int32)
+    starts = jnp.where(seq < ragged.num_decode_seqs, seq * ragged.width, ragged.q_start)
+    return replace(ragged, q_start=starts, num_decode_seqs=0)
+
+
+def _prefill(q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, rules: Rules, size: int) -> Softmax:
+    """Tile by tile of `size` query tokens of one sequence; the number of tiles and blocks is dynamic."""
     num_tokens, q_heads, head_dim = q.shape
     kv_heads = kv.spec.kv_heads
     group = q_heads // kv_heads
-    size = min(Q_BLOCK, max(2, num_tokens - first_token))
     pad = [(0, size), (0, 0)]
     q_padded = jnp.pad(q, [*pad, (0, 0)])
     position = jnp.pad(ragged.q_position, pad[0])

@@ -24,8 +24,14 @@ OP = Op(
         "reference": "pallas_kernels.grouped_matmul.reference",
     },
     platforms={"mosaic_tpu": ("tpu",), "triton": ("cuda", "rocm")},
+    invariant={"xla": ("cpu",)},  # these supply run_invariant, with run's signature
 )
 BACKENDS = OP.backends
+
+
+def backend_for(matmul_backend: str) -> str:
+    """The backend that goes with one forced for plain products: of the same name, or where there is none, any."""
+    return matmul_backend if matmul_backend in BACKENDS else "auto"
 
 
 def grouped_matmul(
@@ -36,11 +42,13 @@ def grouped_matmul(
     backend: str = "auto",
     out_dtype: DTypeLike | None = None,
     device: Device | None = None,
+    invariant: bool = False,
 ) -> jax.Array:
     """`x [tokens, in]` sorted by group, `weight [groups, out, in]` -> `[tokens, out]`, out_dtype None being x's dtype.
 
     `group_sizes i32[groups]`: the first rows of x meet the first group's weight; a group may be empty, and rows beyond
-    all groups give zeros. Raises ValueError for what does not fit, BackendError where a forced backend refuses.
+    all groups give zeros. `invariant`: a row's bits depend on that row and its group's weight alone, in any dtype.
+    Raises ValueError for what does not fit, BackendError where a forced backend refuses.
     Source: MegaBlocks (arXiv 2211.15841, section 5.1).
     """
     _check(x, weight, group_sizes)
@@ -49,9 +57,11 @@ def grouped_matmul(
     if 0 in (*x.shape, num_groups, out_size):
         return jnp.zeros((x.shape[0], out_size), result)
     device = device or devices.current()
+    promise = {"invariant": True} if invariant else {}
     _, module = OP.choose(
         backend,
-        rows=x.shape[0],
+        rows=1 if invariant else x.shape[0],  # one backend for every number of rows
+        **promise,
         in_size=in_size,
         out_size=out_size,
         num_groups=num_groups,
@@ -63,7 +73,8 @@ def grouped_matmul(
     row_scales = None
     if isinstance(weight, QuantizedTensor) and weight.activation is not None:
         x, row_scales = tensors.quantize_rows(x, weight.activation)
-    return module.run(x, weight, group_sizes, row_scales=row_scales, out_dtype=result, device=device)
+    run = module.run_invariant if invariant else module.run
+    return run(x, weight, group_sizes, row_scales=row_scales, out_dtype=result, device=device)
 
 
 def _check(x: jax.Array, weight: jax.Array | QuantizedTensor, group_sizes: jax.Array) -> None:

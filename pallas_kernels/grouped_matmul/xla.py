@@ -17,6 +17,7 @@ from pallas_kernels.matmul.xla import MIN_ROWS_BF16_CPU, blockwise
 from pallas_kernels.tensors import QuantizedTensor
 
 MOST_ROWS = 128  # of a tile
+INVARIANT_ROWS = 16  # of every tile where a row's bits must not depend on how many tokens there are
 
 
 def refuse(
@@ -49,8 +50,34 @@ def run(
     device: Device,
 ) -> jax.Array:
     """`x [tokens, in]` (W8A8: quantized, `row_scales f32[tokens]`), `weight [groups, out, in]` -> `[tokens, out]`."""
+    rows = tile_rows(x.shape[0], group_sizes.shape[0])
+    return _run(x, weight, group_sizes, rows, row_scales, out_dtype, device)
+
+
+def run_invariant(
+    x: jax.Array,
+    weight: jax.Array | QuantizedTensor,
+    group_sizes: jax.Array,
+    *,
+    row_scales: jax.Array | None = None,
+    out_dtype: jnp.dtype,
+    device: Device,
+) -> jax.Array:
+    """`run` with tiles of a fixed number of rows: every dot has the same shape, hence adds in the same order."""
+    return _run(x, weight, group_sizes, INVARIANT_ROWS, row_scales, out_dtype, device)
+
+
+def _run(
+    x: jax.Array,
+    weight: jax.Array | QuantizedTensor,
+    group_sizes: jax.Array,
+    rows: int,
+    row_scales: jax.Array | None,
+    out_dtype: jnp.dtype,
+    device: Device,
+) -> jax.Array:
+    """`rows` rows of one tile at a time."""
     tokens = x.shape[0]
-    rows = tile_rows(tokens, group_sizes.shape[0])
     if device.platform == "cpu" and x.dtype == jnp.float8_e4m3fn:
         x = x.astype(jnp.bfloat16)  # exactly; XLA:CPU multiplies fp8 one value at a time
     x = jnp.pad(x, ((0, -tokens % rows), (0, 0)))

@@ -2,7 +2,7 @@
 
 Hides which code multiplies, and what is common to every quantized product: outlier columns, zero points, and W8A8's
 quantization of activations. Accumulates in float32 (W8A8 in int32). On CPUs a row's bits do not depend on the number of
-rows in float32, nor in bfloat16 and W8A8 while `llvm_cpu` serves them; elsewhere they may.
+rows in float32, nor in bfloat16 and W8A8 while one backend serves every number; elsewhere only where `invariant` asks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ OP = Op(
         "reference": "pallas_kernels.matmul.reference",
     },
     platforms={"mosaic_tpu": ("tpu",), "triton": ("cuda", "rocm"), "llvm_cpu": ("cpu",)},
+    invariant={"llvm_cpu": ("cpu",), "xla": ("cpu",)},  # these supply run_invariant, with run's signature
 )
 BACKENDS = OP.backends
 
@@ -40,11 +41,13 @@ def matmul(
     backend: str = "auto",
     out_dtype: DTypeLike | None = None,
     device: Device | None = None,
+    invariant: bool = False,
 ) -> jax.Array:
     """`x [rows, in]` times `weight [out, in]` transposed -> `[rows, out]` in `out_dtype` (None: x's dtype).
 
-    `device` None is the one compiled for. Raises ValueError for shapes or dtypes that do not fit, BackendError where a
-    forced backend refuses. Sources: W8A8 SmoothQuant (2211.10438, section 3), outliers LLM.int8() (2208.07339, 3.2).
+    `device` None is the one compiled for. `invariant`: a row's bits depend on that row alone, in any dtype. Raises
+    ValueError for shapes or dtypes that do not fit, BackendError where a forced backend refuses.
+    Sources: W8A8 SmoothQuant (2211.10438, section 3), outliers LLM.int8() (2208.07339, 3.2).
     """
     _check(x, weight)
     result = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -52,21 +55,28 @@ def matmul(
     if 0 in (*x.shape, weight.shape[0]):
         return jnp.zeros((x.shape[0], weight.shape[0]), result)
     if not isinstance(weight, QuantizedTensor) or (weight.zeros is None and weight.outlier_columns is None):
-        return _multiply(x, weight, backend, result, device)
+        return _multiply(x, weight, backend, result, device, invariant)
     x, beside = _beside(x, weight, device)
-    return (_multiply(x, weight.core(), backend, _F32, device) + beside).astype(result)
+    return (_multiply(x, weight.core(), backend, _F32, device, invariant) + beside).astype(result)
 
 
 def _multiply(
-    x: jax.Array, weight: jax.Array | QuantizedTensor, backend: str, out_dtype: jnp.dtype, device: Device
+    x: jax.Array,
+    weight: jax.Array | QuantizedTensor,
+    backend: str,
+    out_dtype: jnp.dtype,
+    device: Device,
+    invariant: bool,
 ) -> jax.Array:
     """What a backend's `run` serves: any weight without zero points and outliers.
 
     With activation quantization it gets `x` as int8 or fp8, and `row_scales f32[rows]` to multiply the product by.
     """
+    promise = {"invariant": True} if invariant else {}
     _, module = OP.choose(
         backend,
-        rows=x.shape[0],
+        rows=1 if invariant else x.shape[0],  # one backend for every number of rows
+        **promise,
         in_size=x.shape[1],
         out_size=weight.shape[0],
         dtype=x.dtype.name,
@@ -77,7 +87,8 @@ def _multiply(
     row_scales = None
     if isinstance(weight, QuantizedTensor) and weight.activation is not None:
         x, row_scales = tensors.quantize_rows(x, weight.activation)
-    return module.run(x, weight, row_scales=row_scales, out_dtype=out_dtype, device=device)
+    run = module.run_invariant if invariant else module.run
+    return run(x, weight, row_scales=row_scales, out_dtype=out_dtype, device=device)
 
 
 def _beside(x: jax.Array, weight: QuantizedTensor, device: Device) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,7 @@ from pallas_kernels.tensors import QuantizedTensor, dequantize
 MIN_ROWS = 2  # from 2 rows up, XLA:CPU's float32 dot gives a row the same bits whatever the number of rows
 MIN_ROWS_BF16_CPU = 4  # XLA:CPU reads bfloat16 weights faster with 4 rows than with fewer
 WEIGHTS_AT_A_TIME_CPU = 1 << 19  # widened before they are multiplied: 1 MB of bfloat16, a core's second-level cache
+INVARIANT_ROWS = 32  # of every dot where a row's bits must not depend on their number; fewer read weights too often
 
 
 def refuse(
@@ -52,6 +53,27 @@ def run(
     return (product if row_scales is None else product * row_scales[:, None]).astype(out_dtype)
 
 
+def run_invariant(
+    x: jax.Array,
+    weight: jax.Array | QuantizedTensor,
+    *,
+    row_scales: jax.Array | None = None,
+    out_dtype: jnp.dtype,
+    device: Device,
+) -> jax.Array:
+    """`run`, a fixed number of rows at a time: every dot has the same shape, hence adds in the same order.
+
+    In float32 the dot itself gives a row the same bits from two rows up, and integers add exactly.
+    """
+    if x.dtype in (jnp.float32, jnp.int8):
+        return run(x, weight, row_scales=row_scales, out_dtype=out_dtype, device=device)
+    rows, in_size = x.shape
+    blocks = jnp.pad(x, ((0, -rows % INVARIANT_ROWS), (0, 0))).reshape(-1, INVARIANT_ROWS, in_size)
+    product = lax.map(lambda block: run(block, weight, out_dtype=jnp.dtype(jnp.float32), device=device), blocks)
+    product = product.reshape(-1, weight.shape[0])[:rows]
+    return (product if row_scales is None else product * row_scales[:, None]).astype(out_dtype)
+
+
 def multiply(x: jax.Array, weight: jax.Array | QuantizedTensor) -> jax.Array:
     """`x [rows, in]`, `weight [out, in]` -> f32 `[rows, out]`: one dot."""
     if not isinstance(weight, QuantizedTensor):
@@ -66,13 +88,17 @@ def multiply(x: jax.Array, weight: jax.Array | QuantizedTensor) -> jax.Array:
 
 def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x [rows, in]`, `weight [out, in]` -> f32 `[rows, out]`; int32 of integers."""
-    return lax.dot_general(
+    outputs = weight.shape[0]
+    if outputs == 1:  # on CPUs a one-column dot, like a one-row dot, adds in an order of its own
+        weight = jnp.concatenate([weight, weight])
+    product = lax.dot_general(
         x,
         weight,
         (((1,), (1,)), ((), ())),
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,  # else TPUs and GPUs round float32
         preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32,
     )
+    return product[:, :outputs]
 
 
 def blockwise(x: jax.Array, weight: jax.Array | QuantizedTensor, *, group: jax.Array | None = None) -> jax.Array:

@@ -17,13 +17,13 @@ from hypothesis.stateful import (
 )
 
 from jaxinfer.cache import CacheManager, Cell
-from jaxinfer.config import PageGroup
+from jaxinfer.config import KVShape, PageGroup
 
 PAGE_SIZE = 4
 
 
 def groups_of(*windows: int | None) -> list[PageGroup]:
-    return [PageGroup(window, (index,)) for index, window in enumerate(windows)]
+    return [PageGroup(window, KVShape(1, 2), (index,)) for index, window in enumerate(windows)]
 
 
 def manager(*windows: int | None, num_pages: int = 64, **options: bool) -> CacheManager:
@@ -261,6 +261,21 @@ def test_the_same_prompt_again_leaves_one_row_to_compute() -> None:
     run_through(cache, 0, list(range(8)))
     again = cache.acquire(1, list(range(8)))
     assert again.num_cached_tokens == 7 and len(again.copies) == 1
+
+
+@pytest.mark.parametrize("most_rows", [0, 3, 4, 5, 11, 99])
+def test_a_hit_can_be_limited(most_rows: int) -> None:
+    """Who needs later rows computed takes no more, and its pages still become those that are cached."""
+    cache = manager(None)
+    run_through(cache, 0, list(range(12)))
+    acquired = cache.acquire(1, list(range(12)), most_rows=most_rows)
+    assert acquired.num_cached_tokens == min(most_rows, 11)
+    assert cache.extend(1, 12) is not None
+    cache.end_copies()
+    cache.commit(1, list(range(12)), 12)
+    cache.check()
+    cache.release(1)
+    assert run_through(cache, 2, list(range(12))) == 11
 
 
 def test_salts_do_not_share() -> None:

@@ -9,12 +9,13 @@ import jax
 import pytest
 
 from jaxinfer.batch import empty_state, limits_of
-from jaxinfer.config import ConfigError, EngineConfig, LayerSpec, ModelConfig
+from jaxinfer.config import ConfigError, EngineConfig, LayerSpec, ModelConfig, NormSpec
 from jaxinfer.memory import max_model_len, pages_per_group
 from jaxinfer.programs import slot_buckets
 
 # 2 KV heads x 8 x (K, V) x 4 bytes = 128 bytes per token and layer; a page of 16 tokens is 2048 bytes per layer
-MODEL = ModelConfig("t", 10, 8, 8, 2, 2, 8, 1e-5, True, 1024, (LayerSpec(), LayerSpec(window=64), LayerSpec()))
+LAYERS = (LayerSpec(), LayerSpec(window=64), LayerSpec())
+MODEL = ModelConfig("t", 10, 8, 8, 2, 2, 8, NormSpec(1e-5), True, 1024, LAYERS)
 CONFIG = EngineConfig(dtype="float32", max_num_seqs=4, page_size=16, max_model_len=512, kv_memory_bytes=10**9)
 
 

@@ -120,7 +120,7 @@ def test_golden_llama_counted_by_hand() -> None:
     layer = 2 * 48 * 64 + 2 * 48 * 32 + 3 * 48 * 80
     assert layer_matmul_weights(model) == 3 * layer == 62208
     assert unembed_weights(model) == 9216
-    assert kv_row_bytes(model, 4) == 256
+    assert kv_row_bytes(model, 0, 4) == 256
     assert decode_step_bytes(model, [10, 20], 4) == 4 * (62208 + 9216) + 30 * 3 * 256
     # 10 tokens: 55 causal pairs in each of 3 layers, 4 heads x 16 dims, two products
     assert prefill_flops(model, 10) == 2 * 62208 * 10 + 2 * 9216 + 4 * 3 * 55 * 64

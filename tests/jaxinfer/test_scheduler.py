@@ -12,6 +12,7 @@ from scheduler_sim import Driver, least_pages, make_request
 from jaxinfer import scheduler
 from jaxinfer.config import BATCHING, EngineConfig
 from jaxinfer.request import FinishReason, Priority, QueueFullError, Request, RequestError, SamplingParams
+from jaxinfer.rope import LengthRule
 
 MAX_MODEL_LEN = 40
 
@@ -29,10 +30,12 @@ def config_of(**options) -> EngineConfig:
     return EngineConfig(**{**defaults, **options})
 
 
-def driver_of(windows: tuple[int | None, ...] = (None,), extra_pages: int = 100, **options) -> Driver:
+def driver_of(
+    windows: tuple[int | None, ...] = (None,), extra_pages: int = 100, rule: LengthRule | None = None, **options
+) -> Driver:
     config = config_of(**options)
     num_pages = [least_pages(config, window, MAX_MODEL_LEN) + extra_pages for window in windows]
-    return Driver(config, windows, num_pages, MAX_MODEL_LEN)
+    return Driver(config, windows, num_pages, MAX_MODEL_LEN, rule)
 
 
 def request_of(name: str, prompt: list[int] | int, max_tokens: int | None = 8, **options) -> Request:
@@ -52,6 +55,7 @@ def request_of(name: str, prompt: list[int] | int, max_tokens: int | None = 8, *
     budget=st.sampled_from([1, 3, 8, 16, 64]),
     prefix_caching=st.booleans(),
     chunked_prefill=st.booleans(),
+    rule=st.sampled_from([None, None, LengthRule(12, whole=True), LengthRule(12, whole=False)]),
 )
 def test_random_schedules_give_every_request_its_tokens(
     monkeypatch: pytest.MonkeyPatch,
@@ -64,6 +68,7 @@ def test_random_schedules_give_every_request_its_tokens(
     budget: int,
     prefix_caching: bool,
     chunked_prefill: bool,
+    rule: LengthRule | None,
 ) -> None:
     monkeypatch.setattr(scheduler, "STEP_TOKENS", step_cost)
     monkeypatch.setattr(scheduler, "LONE_STEP_TOKENS", step_cost)
@@ -71,6 +76,7 @@ def test_random_schedules_give_every_request_its_tokens(
     driver = driver_of(
         windows,
         extra_pages,
+        rule,
         batching=batching,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,

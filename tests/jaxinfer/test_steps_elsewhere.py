@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer.batch import Packer, empty_state, limits_of
-from jaxinfer.config import EngineConfig, LayerSpec, ModelConfig, page_groups
+from jaxinfer.config import EngineConfig, LayerSpec, ModelConfig, NormSpec, page_groups
 from jaxinfer.models.transformer import merger, random_parameters
 from jaxinfer.step import Drivers
 from pallas_kernels import devices
@@ -23,7 +23,7 @@ LAYERS = 3
 def model_of(head_dim: int) -> ModelConfig:
     """The shape of an 8B Llama, a window in one of three layers, with a small vocabulary."""
     layers = tuple(LayerSpec(window=1024 if index == 1 else None) for index in range(LAYERS))
-    return ModelConfig("llama", 4096, 2048, 8192, 32, 8, head_dim, 1e-5, False, CONTEXT, layers)
+    return ModelConfig("llama", 4096, 2048, 8192, 32, 8, head_dim, NormSpec(1e-5), False, CONTEXT, layers)
 
 
 def compiled(

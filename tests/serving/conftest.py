@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from jaxinfer.config import EngineConfig, LayerSpec, ModelConfig
+from jaxinfer.config import EngineConfig, LayerSpec, ModelConfig, NormSpec
 from jaxinfer.request import FinishReason, QueueFullError, Request, TokenEvent, TokenLogprobs
 from serving.async_engine import AsyncEngine
 from serving.grpc_server import GrpcServer, ServerConfig
 
 VOCAB_SIZE = 128
-MODEL = ModelConfig("fake", VOCAB_SIZE, 8, 8, 2, 1, 4, 1e-5, True, 1 << 20, (LayerSpec(),), None, ())
+MODEL = ModelConfig("fake", VOCAB_SIZE, 8, 8, 2, 1, 4, NormSpec(1e-5), True, 1 << 20, (LayerSpec(),), None, ())
 
 
 class FakeTokenizer:
@@ -54,6 +54,7 @@ class FakeEngine:
         self.model = MODEL
         self.model_dir = Path("fake")
         self.tokenizer = FakeTokenizer() if tokenizer else None
+        self.chat_template = None
         self.max_model_len = max_model_len
         self.warm = threading.Event()
         self.warm.set()

@@ -70,8 +70,11 @@ def test_generate_prints_text_for_people(capfd):
 def test_info_prints_one_document(capfd):
     info = _json(capfd, "info", str(MODEL))
     assert (info["model"], info["dtype"], info["max_model_len"]) == ("llama", "float32", 64)
+    sizes = [choice["bytes_per_token"] for choice in info["kv_choices"]]  # 4 heads of 16 for 2, three layers, float32
+    assert sizes == [3 * 2 * 4 * 16 * 4, 3 * 2 * 2 * 16 * 4] and sizes[-1] == info["kv_bytes_per_token"]
     assert cli.main(["info", str(MODEL), *SMALL]) == 0
-    assert "max_model_len" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "max_model_len" in printed and "grouped-query attention" in printed
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_info_prints_one_document(capfd):
         (["serve", str(MODEL), "--max-concurrent-streams", "99999999999"], "=99999999999 must be at most 65536"),
         (["serve", str(MODEL), "--dtype", "int3"], "choose from"),
         (["serve", str(MODEL), "--page-size", "0"], "page_size=0"),
-        (["generate", str(MODEL)], "--prompt or --token-ids"),
+        (["generate", str(MODEL)], "at least one --prompt, --token-ids, --chat or --messages is needed"),
         (["generate", str(MODEL), "--prompt", "\udcff"], r"argument --prompt: '\udcff' is not valid Unicode"),
         (["generate", str(MODEL), "--token-ids", "1", "--stop", "\udcff"], r"--stop: '\udcff' is not valid Unicode"),
         (["generate", str(MODEL), "--token-ids", "1,x"], "'1,x' is not a list of token ids"),

@@ -119,7 +119,7 @@ def test_every_sampling_field_has_a_flag():
         "generate --token-ids 1,2 --prompt x --max-tokens none --min-tokens 2 --temperature 0.5 --top-k 3 --top-p 0.9 "
         "--min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --logit-bias 4=-1.5 "
         "--logit-bias 5=2 --allowed-token-ids 4,5 --seed 8 --n 2 --stop a --stop b --stop-token-ids 6,7 "
-        "--include-stop-in-output --ignore-eos --logprobs --top-logprobs 2 --no-skip-special-tokens"
+        "--include-stop-in-output --ignore-eos --logprobs --top-logprobs 2 --prompt-logprobs 3 --no-skip-special-tokens"
     )
     args = parser.parse_args(arguments)
     sampling = generate.sampling_from(args)
@@ -144,6 +144,7 @@ def test_every_sampling_field_has_a_flag():
         ignore_eos=True,
         logprobs=True,
         top_logprobs=2,
+        prompt_logprobs=3,
         skip_special_tokens=False,
     )
     default = SamplingParams()

@@ -19,6 +19,7 @@ from jaxinfer.request import (
     EngineDeadError,
     FinishReason,
     Priority,
+    PromptLogprob,
     QueueFullError,
     Request,
     RequestError,
@@ -95,6 +96,7 @@ def _sampling(draw) -> SamplingParams:
         ignore_eos=draw(st.booleans()),
         logprobs=logprobs,
         top_logprobs=draw(st.integers(0, 20)) if logprobs else 0,
+        prompt_logprobs=draw(optional(st.integers(0, 20))),
         skip_special_tokens=draw(st.booleans()),
     )
 
@@ -128,6 +130,8 @@ def test_no_bytes_break_the_way_in(raw):
         (SamplingParams(max_tokens=10**9, n=3), 3 * 97),  # the model's length leaves 97
         (SamplingParams(max_tokens=50, n=2, logprobs=True, top_logprobs=5), 2 * 50 * (1 + 11 + 5 * 13)),
         (SamplingParams(max_tokens=None, n=64), 0),
+        (SamplingParams(max_tokens=None, n=64, prompt_logprobs=0), 2 * 13),  # of three prompt tokens
+        (SamplingParams(max_tokens=50, prompt_logprobs=5), 50 + 2 * (13 + 5 * 13)),
     ],
 )
 def test_the_least_size_of_an_answer_is_known_beforehand(sampling, num_bytes):
@@ -135,7 +139,10 @@ def test_the_least_size_of_an_answer_is_known_beforehand(sampling, num_bytes):
     if sampling.max_tokens == 50:
         tokens = [TokenLogprobs(-1.0, ((1, -1.0),) * sampling.top_logprobs)] * 50 if sampling.logprobs else []
         one = pb.Completion(token_ids=[1] * 50, logprobs=wire.logprobs_to_proto(tokens))
-        assert num_bytes <= pb.GenerateResponse(completions=[one] * sampling.n).ByteSize() <= 1.3 * num_bytes
+        prompt = (None, *[PromptLogprob(-1.0, 1, ((1, -1.0),) * (sampling.prompt_logprobs or 0))] * 2)
+        asked = None if sampling.prompt_logprobs is None else wire.prompt_logprobs_to_proto(prompt)
+        answer = pb.GenerateResponse(completions=[one] * sampling.n, prompt_logprobs=asked)
+        assert num_bytes <= answer.ByteSize() <= 1.3 * num_bytes
 
 
 def test_priorities_and_finish_reasons_have_numbers():
@@ -144,6 +151,15 @@ def test_priorities_and_finish_reasons_have_numbers():
     for reason in (None, *FinishReason):
         assert wire.finish_from_proto(wire.finish_to_proto(reason)) is reason
     assert wire.finish_from_proto(99) is FinishReason.ERROR
+
+
+@pytest.mark.parametrize("kind", [pb.GenerateResponse, pb.GenerateStreamResponse])
+@pytest.mark.parametrize(
+    "logprobs", [None, (None,), (None, PromptLogprob(-0.25, 3, ((4, -0.125), (5, -0.5))), PromptLogprob(-1.0, 1))]
+)
+def test_prompt_logprobs_come_through(kind, logprobs):
+    raw = kind(prompt_logprobs=wire.prompt_logprobs_to_proto(logprobs)).SerializeToString()
+    assert wire.prompt_logprobs_from_proto(kind.FromString(raw)) == logprobs
 
 
 def test_logprobs_come_through():

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.config import LayerSpec, ModelConfig, RopeSpec
+from jaxinfer.config import LayerSpec, ModelConfig, NormSpec
 from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
+from jaxinfer.rope import RopeSpec
 from sharding.rules import partition
 
-MODEL = ModelConfig("test", 64, 32, 48, 4, 2, 8, 1e-5, False, 128, (LayerSpec(rope=RopeSpec(1e4)),) * 2)
+MODEL = ModelConfig("test", 64, 32, 48, 4, 2, 8, NormSpec(1e-5), False, 128, (LayerSpec(rope=RopeSpec(1e4)),) * 2)
 
 
 def mesh(size: int) -> Mesh:

@@ -53,8 +53,10 @@ class ExpertMLPs(nnx.Module):
         sizes = jnp.bincount(flat, length=self.num_experts).astype(jnp.int32)
 
         def linear(rows: jax.Array, name: str) -> jax.Array:
-            weight, how = getattr(self, name).get_value(), {"backend": self.backend, "invariant": self.invariant}
-            product = grouped_matmul(rows, weight, sizes, **how, out_dtype=jnp.float32)
+            weight = getattr(self, name).get_value()
+            product = grouped_matmul(
+                rows, weight, sizes, backend=self.backend, invariant=self.invariant, out_dtype=jnp.float32
+            )
             return product + getattr(self, f"{name}_bias")[...][expert] if self.bias else product
 
         rows = x[order // per_token]

@@ -76,10 +76,12 @@ class Linear(nnx.Module):
         self.backend, self.invariant = build.matmul_backend, build.invariant
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight, how = self.weight.get_value(), {"backend": self.backend, "invariant": self.invariant}
+        out_dtype = jnp.float32 if self.has_bias else None
+        product = matmul(
+            x, self.weight.get_value(), backend=self.backend, invariant=self.invariant, out_dtype=out_dtype
+        )
         if not self.has_bias:
-            return matmul(x, weight, **how)
-        product = matmul(x, weight, **how, out_dtype=jnp.float32)
+            return product
         return (product + self.bias[...]).astype(x.dtype)
 
 

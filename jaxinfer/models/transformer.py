@@ -66,8 +66,7 @@ class Embedding(nnx.Module):
         return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
 
     def logits(self, hidden: jax.Array, softcap: float | None) -> jax.Array:
-        how = {"backend": self.backend, "invariant": self.invariant}
-        logits = matmul(hidden, self.weight[...], **how, out_dtype=jnp.float32)
+        logits = matmul(hidden, self.weight[...], backend=self.backend, invariant=self.invariant, out_dtype=jnp.float32)
         return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

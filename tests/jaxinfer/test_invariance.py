@@ -294,6 +294,7 @@ def test_any_schedule_in_bfloat16(windows_bf16: Family) -> None:
     any_schedule(windows_bf16, 4, pressed=False)
 
 
+@pytest.mark.slow  # its programs take a minute to compile
 def test_any_schedule_of_experts_in_float32(experts: Family) -> None:
     any_schedule(experts, 3, pressed=False)
 

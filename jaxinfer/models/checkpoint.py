@@ -54,8 +54,8 @@ def load_parameters(
 
     `place(spec)` says where each array goes (None: the default device); the arrays of a quantized weight are asked for
     one by one. `progress(name, bytes_read, bytes_total)` is called after each parameter. Peak host memory is the
-    parameters that stay on the host, plus those being read: 256 MiB, or one that is larger, or as many quantized weights
-    as `num_threads()`, each also as it is stored.
+    parameters that stay on the host, plus those being read: 256 MiB, or one that is larger, or as many quantized
+    weights as `num_threads()`, each also as it is stored.
     Raises CheckpointError for anything missing, unknown, mis-shaped, truncated, duplicate or of an unsupported dtype.
     """
     directory = Path(model_dir)

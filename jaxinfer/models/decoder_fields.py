@@ -35,6 +35,7 @@ def decoder_config(
     windows: Sequence[int | None],
     *,
     ropes: Sequence[RopeSpec | None] | None = None,
+    default_rope: Mapping[str, Any] | None = None,
     head_dim: int | None = None,
     norm: NormSpec | None = None,
     activation: ActivationSpec | None = None,
@@ -44,8 +45,9 @@ def decoder_config(
 ) -> ModelConfig:
     """The fields that Llama and its relatives share, and `features` of ModelConfig. Ends with `finish`.
 
-    windows, ropes: one entry per layer (ropes None: one for all, read from the fields). head_dim and tie_embeddings are
-    what an absent field means. A window that no sequence can outgrow is none: its layers share pages with the others.
+    windows, ropes: one entry per layer (ropes None: one for all, read from the fields). default_rope, head_dim and
+    tie_embeddings are what absent fields mean. A window that no sequence can outgrow is none: its layers share pages
+    with the others.
     """
     fields.fixed(FIXED)
     embed_size, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -53,7 +55,7 @@ def decoder_config(
     head_dim = read_head_dim(fields, head_dim)
     max_position = fields.integer("max_position_embeddings")
     if ropes is None:
-        rope, max_position = read_rope(fields, head_dim, max_position)
+        rope, max_position = read_rope(fields, head_dim, max_position, default=default_rope)
         ropes = [rope] * len(windows)
     windows = tuple(None if window is not None and window >= max_position else window for window in windows)
     bos = fields.token_ids("bos_token_id", vocab_size)

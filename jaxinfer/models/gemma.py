@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxinfer.config import ActivationSpec, ConfigError, ModelConfig, NormSpec
 from jaxinfer.models import llama
-from jaxinfer.models.decoder_fields import decoder_config, layer_windows, read_activation, read_eps
+from jaxinfer.models.decoder_fields import ACTIVATIONS, decoder_config, layer_windows, read_activation, read_eps
 from jaxinfer.models.hugging_face import Fields
 from jaxinfer.models.sources import Source
 
@@ -34,8 +34,12 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     """
     fields = Fields(hf)
     given = fields.get("hidden_activation")
-    fields.fixed({"use_bidirectional_attention": False, "hidden_act": fields.get("hidden_act")})
-    activation = ActivationSpec("gelu_tanh") if given is None else read_activation(fields, "hidden_activation", given)
+    fields.fixed({"use_bidirectional_attention": False})
+    if given is None:
+        activation = ActivationSpec(fields.choice("hidden_act", {**ACTIVATIONS, "gelu": "gelu_tanh"}, "gelu"))
+    else:
+        fields.skip("hidden_act")
+        activation = read_activation(fields, "hidden_activation", given)
     windows = (None,) * fields.integer("num_hidden_layers")
     return decoder_config("GemmaForCausalLM", fields, windows, **family(fields), activation=activation)
 
@@ -44,11 +48,14 @@ def config2(hf: Mapping[str, Any]) -> ModelConfig:
     """Gemma2ForCausalLM's config.json -> ModelConfig. Raises ConfigError."""
     fields = Fields(hf)
     types = fields.layer_types(lambda index: "full_attention" if index % 2 else "sliding_attention")
-    fields.fixed({"use_bidirectional_attention": False, "hidden_act": fields.get("hidden_act")})
+    fields.fixed({"use_bidirectional_attention": False})
+    fields.skip("hidden_act")
+    window = fields.integer("sliding_window", 4096)
+    fields.fixed({"sliding_window_size": window})  # its name in the first files, which have both
     return decoder_config(
         "Gemma2ForCausalLM",
         fields,
-        layer_windows(types, fields.integer("sliding_window", 4096)),
+        layer_windows(types, window),
         **family(fields),
         activation=read_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
         norm_place="around",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import ConfigError, ModelConfig
 from jaxinfer.models import gemma
 from jaxinfer.models.decoder_fields import decoder_config, layer_windows, read_activation, read_head_dim
 from jaxinfer.models.gemma import family, query_scale, softcap
@@ -53,9 +53,11 @@ def multimodal_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _config(architecture: str, fields: Fields) -> ModelConfig:
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    if pattern < 1:
+        raise ConfigError(f"sliding_window_pattern={pattern} must be at least 1")
     types = fields.layer_types(lambda index: "sliding_attention" if (index + 1) % pattern else "full_attention")
     fields.fixed({"use_bidirectional_attention": False, "attn_logit_softcapping": None})
-    fields.fixed({"hidden_act": fields.get("hidden_act")})
+    fields.skip("hidden_act")
     head_dim = read_head_dim(fields, 256)
     ropes = read_ropes(fields, {"full_attention": head_dim, "sliding_attention": head_dim}, _ROPES)
     return decoder_config(

@@ -97,7 +97,8 @@ def _config(architecture: str, fields: Fields) -> ModelConfig:
         sparsity = _per_layer(fields, "activation_sparsity_pattern", depth, (int, float))
     if not all(0 <= share < 1 for share in sparsity):
         raise ConfigError(f"activation_sparsity_pattern={sparsity} must be from 0 to below 1")
-    fields.get("altup_coef_clip")  # of training
+    fields.skip("altup_coef_clip", "altup_lr_multiplier")  # of training
+    fields.skip("query_pre_attn_scalar")  # of Gemma 3: scores are not scaled here
     streams, active = fields.integer("altup_num_inputs", 4), fields.integer("altup_active_idx", 0)
     if not 0 <= active < streams:
         raise ConfigError(f"altup_active_idx={active} must be from 0 to below altup_num_inputs={streams}")

@@ -161,8 +161,8 @@ def _per_layer_input(fields: Fields) -> PerLayerInputSpec | None:
 def _experts(fields: Fields) -> ExpertsSpec | None:
     names = ("num_experts", "top_k_experts", "moe_intermediate_size")
     if not fields.boolean("enable_moe_block", False):
-        for name in names:
-            fields.get(name)
+        fields.skip(*names, "expert_intermediate_size")
         return None
     num_experts, per_token, ffn_size = (fields.integer(name) for name in names)
+    fields.fixed({"expert_intermediate_size": ffn_size})  # its name in the first files
     return ExpertsSpec(num_experts, per_token, ffn_size)

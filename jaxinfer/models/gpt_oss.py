@@ -26,14 +26,15 @@ WEIGHTS: Mapping[str, str | Source] = {
     "layers.{i}.mlp.experts.up_bias": Source(_BIAS, part=1, of=2, axis=1, interleaved=True),
     "layers.{i}.mlp.experts.down_bias": _MLP + "experts.down_proj_bias",
 }
+_YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """GptOssForCausalLM's config.json -> ModelConfig. Raises ConfigError."""
+    """GptOssForCausalLM's config.json -> ModelConfig; YaRN where it names no rope. Raises ConfigError."""
     fields = Fields(hf)
     per_token = fields.integer("num_experts_per_tok", 4)
     fields.fixed({"hidden_act": "silu", "experts_per_token": per_token})
-    fields.get("initial_context_length")  # the rope's original_max_position_embeddings says it too
+    fields.skip("initial_context_length")  # the rope's original_max_position_embeddings says it too
     experts = ExpertsSpec(
         num_experts=fields.integer("num_local_experts", 128),
         per_token=per_token,
@@ -48,6 +49,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         "GptOssForCausalLM",
         fields,
         layer_windows(types, fields.integer("sliding_window", 128)),
+        default_rope={"rope_theta": 150_000.0, **_YARN},
         head_dim=64,
         norm=NormSpec(read_eps(fields, default=1e-5), scale_in_float32=True),
         activation=ActivationSpec("clamped_swiglu", alpha, limit),

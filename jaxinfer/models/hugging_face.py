@@ -23,6 +23,9 @@ IRRELEVANT = frozenset(
         "transformers_version",
         "transformers.js_config",
         "is_llama_config",
+        "model_name",
+        "unsloth_fixed",
+        "unsloth_version",
         "tokenizer_class",
         "quantization_config",  # read by quantization_config.py
         "torch_dtype",  # the loader reads each tensor's own dtype, the caller chooses the target
@@ -118,6 +121,10 @@ class Fields:
             if value is not None and value != only:
                 choice = "its absence" if only is None else f"{self.prefix}{name}={only!r}"
                 raise ConfigError(f"{self.prefix}{name}={value!r} is not supported; supported: {choice}")
+
+    def skip(self, *names: str) -> None:
+        """Fields that this architecture's files have and that change nothing, whatever they say."""
+        self._read.update(names)
 
     def token_ids(self, name: str, vocab_size: int, before: tuple[int, ...] = ()) -> tuple[int, ...]:
         """The ids `before` and then the field's, each once: one id or a list; absent or null is none."""

@@ -32,6 +32,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     )
     window = None if fields.get("sliding_window") is None else fields.integer("sliding_window")
     windows = (window,) * fields.integer("num_hidden_layers")
-    made = decoder_config("MixtralForCausalLM", fields, windows)
+    made = decoder_config("MixtralForCausalLM", fields, windows, default_rope={"rope_theta": 1e6})
     layers = tuple(dataclasses.replace(layer, experts=experts) for layer in made.layers)
     return dataclasses.replace(made, layers=layers)

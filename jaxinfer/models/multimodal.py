@@ -32,20 +32,27 @@ OTHER_PARTS = frozenset(
         "video_token_id",
     }
 )
-OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id")  # count where text_config has none of its own
+OUTER = ("tie_word_embeddings", "bos_token_id")  # count where text_config has none of its own
 
 
 def text_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Fields:
-    """The fields of `text_config`, with `defaults` for absent ones. Raises ConfigError for unknown fields around it."""
+    """The fields of `text_config`, with `defaults` for absent ones. Raises ConfigError for unknown fields around it.
+
+    End tokens of both count: chat models name their end of turn in the outer one only.
+    """
     outer = Fields(hf)
     text = outer.get("text_config")
     if not isinstance(text, dict):
         raise ConfigError(f"text_config={text!r} must be an object")
     inherited = {name: value for name in OUTER if (value := outer.get(name)) is not None}
-    for name in OTHER_PARTS:
-        outer.get(name)
+    ends = [*_listed(outer.get("eos_token_id")), *_listed(text.get("eos_token_id"))]
+    outer.skip(*OTHER_PARTS)
     outer.finish()
-    return Fields(dict(defaults) | inherited | text, prefix="text_config.")
+    return Fields(dict(defaults) | inherited | text | {"eos_token_id": ends}, prefix="text_config.")
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def renamed(weights: Mapping[str, str | Source], rename: Callable[[str], str]) -> dict[str, str | Source]:

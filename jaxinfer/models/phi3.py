@@ -38,6 +38,5 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         may_be_partial=True,
         aliases={"su": "longrope", "yarn": "longrope"},
     )
-    fields.fixed({"original_max_position_embeddings": fields.get("original_max_position_embeddings")})
     window = None if fields.get("sliding_window") is None else fields.integer("sliding_window")
     return decoder_config("Phi3ForCausalLM", fields, [window] * depth, ropes=[rope] * depth)

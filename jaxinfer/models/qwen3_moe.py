@@ -29,7 +29,8 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     num_experts = fields.integer("num_local_experts", 128)
     if fields.get("num_local_experts") is None:
         num_experts = fields.integer("num_experts", 128)
-    fields.fixed({"num_experts": num_experts})
+    fields.fixed({"num_experts": num_experts, "shared_expert_intermediate_size": 0})
+    fields.fixed({"qkv_bias": False, "use_qk_norm": True})  # in files of Qwen3-Coder
     experts = ExpertsSpec(
         num_experts=num_experts,
         per_token=fields.integer("num_experts_per_tok", 8),
@@ -39,10 +40,10 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     dense = fields.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense) or step < 1:
         raise ConfigError(f"mlp_only_layers={dense!r} must list layers, and decoder_sparse_step={step} be at least 1")
-    fields.fixed({"use_mrope": False, "max_window_layers": fields.get("max_window_layers")})
+    fields.fixed({"use_mrope": False})
+    fields.skip("max_window_layers", "sliding_window")  # which counts with use_sliding_window, and then for all layers
     used = fields.boolean("use_sliding_window", False)
     size = fields.integer("sliding_window", 4096) if used else None
-    fields.fixed({"sliding_window": fields.get("sliding_window")})
     made = qwen3_config("Qwen3MoeForCausalLM", fields, [size] * depth)
     layers = tuple(
         layer if index in dense or (index + 1) % step else dataclasses.replace(layer, experts=experts)

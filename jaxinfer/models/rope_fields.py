@@ -32,21 +32,25 @@ def read_rope(
     *,
     may_be_partial: bool = False,
     aliases: Mapping[str, str] | None = None,
+    default: Mapping[str, Any] | None = None,
 ) -> tuple[RopeSpec, int]:
     """The one rope of all layers, and the positions it reaches: `linear`, `dynamic` and `yarn` stretch the context.
 
     may_be_partial: the architecture turns only `partial_rotary_factor` of a head. aliases: names that its files have
-    for a scaling -> the name it has here.
+    for a scaling -> the name it has here. default: what an absent object holds, and an absent `rope_theta` is.
     """
-    table = _one_table(fields)
-    inner = Fields({}, "rope_parameters.") if table is None else table
-    theta = _theta(fields, inner)
+    absent = dict(default or {})
+    default_theta = absent.pop("rope_theta", DEFAULT_THETA)
+    inner = _one_table(fields) or Fields(absent, "rope_parameters.")
+    theta = _theta(fields, inner, default_theta)
     partial = _same(fields, inner, "partial_rotary_factor", 1.0)
     if partial != 1.0 and not may_be_partial:
         raise ConfigError(f"partial_rotary_factor={partial} is not supported; supported: 1.0")
     kind = _kind(inner, KINDS, aliases or {})
     rotary_dim = rotated(partial, head_dim)
     scaling = _scaling(kind, fields, inner, rotary_dim, max_position)
+    if scaling is None:
+        fields.skip("original_max_position_embeddings")  # of Phi-3 and Phi-4, which counts with a scaling only
     inner.finish()
     match scaling:
         case LinearScaling() | DynamicScaling():
@@ -126,8 +130,8 @@ def _one_table(fields: Fields) -> Fields | None:
     return next(iter(given.values()), None)
 
 
-def _theta(fields: Fields, inner: Fields) -> float:
-    theta = _same(fields, inner, "rope_theta", DEFAULT_THETA)
+def _theta(fields: Fields, inner: Fields, default: float) -> float:
+    theta = _same(fields, inner, "rope_theta", default)
     if theta <= 0:
         raise ConfigError(f"rope_theta={theta} must be positive")
     return theta

@@ -30,8 +30,8 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields.fixed(
         {"norm_type": "layer_norm", "mlp_type": "default", "scale_attn_weights": True, "layer_norm_epsilon": eps}
     )
-    for name in ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function"):
-        fields.get(name)  # how transformers once ran it: softmax is in float32 here, hidden_act decides
+    # What transformers does not read: softmax is in float32, norm_epsilon and hidden_act decide.
+    fields.skip("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function", "rms_norm_eps")
     bias = fields.boolean("use_bias", True)
     window = None if fields.get("sliding_window") is None else fields.integer("sliding_window")
     return decoder_config(

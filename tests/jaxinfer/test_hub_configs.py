@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfer.config import KVShape, ModelConfig
+from jaxinfer.config import ConfigError, KVShape, ModelConfig
 from jaxinfer.models import load_config
 from jaxinfer.rope import Llama3Scaling, LongScaling, YarnScaling
 
@@ -340,7 +340,10 @@ def test_mixtral_without_a_theta_has_its_own_default(tmp_path: Path) -> None:
     ("own", "tied"),
     [
         (sizes(896, 4864, 24, 14, 2) | {"sliding_window": 32768, "max_window_layers": 24}, True),
-        (sizes(3584, 18944, 28, 28, 4) | {"sliding_window": 131072, "max_window_layers": 28, "use_mrope": False}, False),
+        (
+            sizes(3584, 18944, 28, 28, 4) | {"sliding_window": 131072, "max_window_layers": 28, "use_mrope": False},
+            False,
+        ),
     ],
 )
 def test_qwen_2_5(tmp_path: Path, own: dict[str, Any], tied: bool) -> None:
@@ -386,6 +389,15 @@ def test_qwen3_30b_a3b(tmp_path: Path, own: dict[str, Any]) -> None:
     assert windows(config) == [None] * 48 and not config.qkv_bias
 
 
+def test_gemma_names_one_activation(tmp_path: Path) -> None:
+    own = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "max_position_embeddings": 8192}
+    shape = sizes(2048, 16384, 18, 8, 1)
+    assert read(tmp_path, GEMMA, shape, own).activation.name == "gelu_tanh"
+    assert read(tmp_path, GEMMA, shape, own, {"hidden_act": "silu"}).activation.name == "silu"
+    with pytest.raises(ConfigError, match="hidden_act='relu' is not supported"):
+        read(tmp_path, GEMMA, shape, own, {"hidden_act": "relu"})
+
+
 @pytest.mark.parametrize("activation", [None, "gelu_pytorch_tanh"])
 def test_gemma_2b(tmp_path: Path, activation: str | None) -> None:
     own = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "max_position_embeddings": 8192}
@@ -402,7 +414,12 @@ def test_gemma_2b(tmp_path: Path, activation: str | None) -> None:
         (sizes(3584, 14336, 42, 16, 8) | {"sliding_window_size": 4096}, 256**-0.5),
         (
             sizes(4608, 36864, 46, 32, 16)
-            | {"head_dim": 128, "query_pre_attn_scalar": 144, "sliding_window_size": 4096, "_attn_implementation": "eager"},
+            | {
+                "head_dim": 128,
+                "query_pre_attn_scalar": 144,
+                "sliding_window_size": 4096,
+                "_attn_implementation": "eager",
+            },
             1 / 12,
         ),
     ],
@@ -532,7 +549,7 @@ def test_gemma_4_e2b_and_e4b(tmp_path: Path) -> None:
     tokens = {"bos_token_id": 2, "eos_token_id": 106, "pad_token_id": 0}
     config = read(tmp_path, GEMMA_4, audio, tokens, rehosted, {"text_config": GEMMA_4_TEXT | e4b | own})
     assert [config.layers[index].kv_from for index in (23, 24, 29)] == [None, 22, 23]
-    assert config.eos_token_ids == (1, 106)
+    assert config.eos_token_ids == (106, 1)
 
 
 def test_gemma_4_31b_and_26b_a4b(tmp_path: Path) -> None:
@@ -575,6 +592,13 @@ def test_phi_4(tmp_path: Path) -> None:
     assert (rope(config).theta, rope(config).scaling, windows(config)[0]) == (250000, None, None)
 
 
+def test_phi_4_as_llama(tmp_path: Path) -> None:
+    own = {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "rope_theta": 250000}
+    rest = {"_attn_implementation_autoset": True, "unsloth_fixed": True, "rope_scaling": None}
+    config = read(tmp_path, LLAMA_3, sizes(5120, 17920, 40, 40, 10), own, rest)
+    assert (rope(config).theta, rope(config).scaling, config.max_position) == (250000, None, 16384)
+
+
 def test_phi_4_mini(tmp_path: Path) -> None:
     own = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
     rest = {"partial_rotary_factor": 0.75, "rope_scaling": long_rope("longrope"), "sliding_window": 262144}
@@ -588,7 +612,10 @@ def test_phi_4_mini(tmp_path: Path) -> None:
     [
         (sizes(3072, 12288, 30, 24, 2) | {"rope_theta": 999999.4420358813}, True),
         (sizes(4608, 18432, 32, 36, 4) | {"rope_theta": 1000000}, True),
-        (sizes(6144, 24576, 40, 48, 4) | {"rope_theta": 100000, "rms_norm_eps": 1e-05, "tie_word_embeddings": False}, False),
+        (
+            sizes(6144, 24576, 40, 48, 4) | {"rope_theta": 100000, "rms_norm_eps": 1e-05, "tie_word_embeddings": False},
+            False,
+        ),
     ],
 )
 def test_starcoder2(tmp_path: Path, own: dict[str, Any], tied: bool) -> None:
@@ -661,3 +688,25 @@ def test_gpt_oss_20b(tmp_path: Path) -> None:
     without = {name: value for name, value in GPT_OSS.items() if name not in ("rope_scaling", "rope_theta")}
     assert read(tmp_path, without).layers == config.layers  # transformers' defaults are the model's own rope
     assert dataclasses.replace(config, quantization=None) == read(tmp_path, GPT_OSS, {"quantization_config": None})
+
+
+@pytest.mark.parametrize(
+    ("parts", "refused"),
+    [
+        ([QWEN3_MOE, {"qkv_bias": True}], "qkv_bias=True"),
+        ([QWEN3_MOE, {"shared_expert_intermediate_size": 512}], "shared_expert_intermediate_size=512"),
+        ([QWEN3_MOE, {"use_qk_norm": False}], "use_qk_norm=False"),
+        ([GEMMA_2, sizes(2304, 9216, 26, 8, 4), {"sliding_window_size": 512}], "sliding_window_size=512"),
+        ([QWEN2, sizes(896, 4864, 24, 14, 2), {"dual_chunk_attention_config": {"chunk_size": 262144}}], "dual_chunk"),
+    ],
+)
+def test_what_would_change_the_model_stays_refused(tmp_path: Path, parts: list[dict[str, Any]], refused: str) -> None:
+    with pytest.raises(ConfigError, match=refused):
+        read(tmp_path, {"max_position_embeddings": 32768, "vocab_size": 151936}, *parts)
+
+
+@pytest.mark.parametrize("pattern", [0, -1])
+def test_a_pattern_of_no_layers_is_named(tmp_path: Path, pattern: int) -> None:
+    text = sizes(2560, 10240, 34, 8, 4) | {"model_type": "gemma3_text", "sliding_window_pattern": pattern}
+    with pytest.raises(ConfigError, match=f"sliding_window_pattern={pattern} must be at least 1"):
+        read(tmp_path, GEMMA_3_MULTIMODAL, {"text_config": text})

@@ -1,8 +1,8 @@
 # Every target makes .venv first (scripts/setup.sh); an up-to-date one costs a few milliseconds.
 PYTEST := .venv/bin/python -m pytest
 CPU := JAX_PLATFORMS=cpu
-# tests of kernels compute on one core each; the others start servers and share the machine badly
-KERNELS_IN_PARALLEL := tests/pallas_kernels -n 2 --dist loadfile
+# tests of kernels and engines compile most of the time, on one core each; those of servers share the machine badly
+IN_PARALLEL := tests/pallas_kernels tests/jaxinfer
 # compilers of accelerators that are not here; no asking the network which TPU this is, no lock on one that is not
 ACCELERATORS := PYTHONPATH=$(CURDIR)/.venv/accelerators TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(CPU)
 
@@ -21,8 +21,8 @@ demo: setup  ## serve the shipped model over gRPC and stream to eight clients at
 	@.venv/bin/jaxinfer demo
 
 test: setup  ## the default test suite
-	@$(CPU) $(PYTEST) $(KERNELS_IN_PARALLEL) $(PYTEST_ARGS)
-	@$(CPU) $(PYTEST) --ignore tests/pallas_kernels $(PYTEST_ARGS)
+	@$(CPU) $(PYTEST) $(IN_PARALLEL) -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(CPU) $(PYTEST) $(addprefix --ignore ,$(IN_PARALLEL)) $(PYTEST_ARGS)
 
 test-kernels: accelerators  ## kernels compiled for TPUs and GPUs that are not here, Triton's through its interpreter
 	@$(ACCELERATORS) $(PYTEST) -m "accelerators and not slow" -n 2 $(PYTEST_ARGS)

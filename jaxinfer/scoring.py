@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxinfer import sampling
-from jaxinfer.models.transformer import Transformer
+from jaxinfer.models.transformer import Decoder
 from jaxinfer.output import CompletionStream
 from jaxinfer.plan import Plan, Sequence
 from jaxinfer.request import MAX_TOP_LOGPROBS
@@ -28,7 +28,7 @@ NO_TARGET = -1  # a row nobody asked about
 log = logging.getLogger(__name__)
 
 Parameters = tuple[jax.Array, ...]
-Merge = Callable[[Parameters], Transformer]
+Merge = Callable[[Parameters], Decoder]
 Run = Callable[..., Any]  # run(name, hidden, *arguments): a program of READERS
 
 

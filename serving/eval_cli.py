@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -87,6 +88,7 @@ def _add_output_and_engine(parser: argparse.ArgumentParser) -> None:
 def _ppl(args: argparse.Namespace) -> int:
     from jaxinfer.evaluation.perplexity import perplexity_report, window_nats
 
+    _require_writable(args.output)
     text, seed = read_text(args.text), _seed(args)
     config = config_from(args, EngineConfig, _SKIP)
     llm = _open(args, args.model, config)
@@ -102,6 +104,7 @@ def _ppl(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from jaxinfer.evaluation.divergence import comparison_report, window_divergences
 
+    _require_writable(args.output)
     text, seed = read_text(args.text), _seed(args)
     models = (args.model, args.model if args.against is None else args.against)
     _require_directory(models[1])
@@ -127,6 +130,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _choices(args: argparse.Namespace) -> int:
     from jaxinfer.evaluation import choices
 
+    _require_writable(args.output, args.log_samples)
     questions, num_original = choices.read_questions(args.task, limit=args.limit)
     config = config_from(args, EngineConfig, _SKIP)
     llm = _open(args, args.model, config)
@@ -229,19 +233,33 @@ def _deliver(args: argparse.Namespace, report: dict[str, Any], rows: Callable[[d
     """Print the report as a table, or with --json as a document; write it to --output."""
     args.progress.clear()
     document = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    if args.output is not None:
-        _write(args.output, document)
     if args.json:
         sys.stdout.write(document)
-        return 0
+    else:
+        _print(args, rows(report))
+    if args.output is not None:  # last: what cannot be written was at least seen
+        _write(args.output, document)
+    return 0
+
+
+def _print(args: argparse.Namespace, rows: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "value", "95% interval", title=f"{args.model}")
-    for row in rows(report):
+    for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
-    return 0
+
+
+def _require_writable(*paths: str | None) -> None:
+    """Before hours of work: ConfigError for a file that could not be written after them."""
+    for path in filter(None, paths):
+        target = Path(path)
+        if target.is_dir():
+            raise ConfigError(f"{path!r} cannot be written: it is a directory")
+        if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
+            raise ConfigError(f"{path!r} cannot be written: it is read-only, or its directory is, or there is none")
 
 
 def _write(path: str, text: str) -> None:

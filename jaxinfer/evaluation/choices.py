@@ -62,7 +62,7 @@ def read_questions(path: str | Path, *, limit: int | None = None) -> tuple[list[
     lm-evaluation-harness with --log_samples (`arguments`, `target`; one continuation per choice).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON texts may hold U+2028, where splitlines cuts
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"task file {str(path)!r} cannot be read: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -75,7 +75,7 @@ def read_questions(path: str | Path, *, limit: int | None = None) -> tuple[list[
             if not isinstance(record, dict):
                 raise ValueError("is not a JSON object")
             questions.append(_question(len(questions), record))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             text = f"has no field {error}" if isinstance(error, KeyError) else str(error)
             raise ConfigError(f"{path}, line {number}: {text}") from error
     return questions, len(numbered)
@@ -85,6 +85,8 @@ def _question(doc_id: int, record: dict[str, Any]) -> Question:
     if "arguments" in record:
         return _logged_question(doc_id, record)
     context, choices, gold = record["query"], record["choices"], record["gold"]
+    if not isinstance(choices, list):
+        raise ValueError(f"choices {choices!r:.80} must be a list of texts")
     delimiter = record.get("target_delimiter", TARGET_DELIMITER)
     return _checked(Question(doc_id, record, context, tuple(choices), gold, delimiter))
 

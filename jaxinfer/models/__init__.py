@@ -86,7 +86,8 @@ def weight_format(config: ModelConfig, name: str) -> WeightFormat | None:
 
 def ignored_weights(config: ModelConfig) -> str | None:
     """Pattern of stored tensors that may be there and are not read (a vision tower); None: there are none."""
-    return getattr(_module(config.architecture), "IGNORED", None)
+    module = _module(config.architecture)
+    return module.ignored(config) if hasattr(module, "ignored") else getattr(module, "IGNORED", None)
 
 
 def _module(architecture: str) -> Any:

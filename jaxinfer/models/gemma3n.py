@@ -19,10 +19,6 @@ from jaxinfer.models.multimodal import renamed, text_fields
 from jaxinfer.models.rope_fields import read_ropes
 from jaxinfer.models.sources import Source
 
-# shared layers' unused projections are in some files
-IGNORED = (
-    r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*|.*\.self_attn\.(k_proj|v_proj|k_norm)\.weight"
-)
 DEFAULTS: Mapping[str, Any] = {  # of text_config, whose files leave out what is as transformers has it
     "vocab_size": 262_400,
     "hidden_size": 2048,
@@ -58,6 +54,14 @@ _ALT_UP: Mapping[str, str] = {
     "layers.{i}.laurel.right.weight": _LAYER + "laurel.linear_right.weight",
     "layers.{i}.laurel.norm.weight": _LAYER + "laurel.post_laurel_norm.weight",
 }
+
+
+def ignored(config: ModelConfig) -> str:
+    """Pattern of tensors that may be there unread: other modalities, and K/V projections of layers that have none."""
+    parts = r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..*"
+    sharing = "|".join(str(index) for index, layer in enumerate(config.layers) if layer.kv_from is not None)
+    unused = rf"model\.(language_model\.)?layers\.({sharing})\.self_attn\.(k_proj|v_proj|k_norm)\..*"
+    return f"{parts}|{unused}" if sharing else parts
 
 
 def weights(config: ModelConfig) -> Mapping[str, str | Source]:

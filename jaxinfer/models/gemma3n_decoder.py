@@ -24,7 +24,7 @@ from jaxinfer.models.layers import (
     rotations,
 )
 from jaxinfer.models.per_layer_inputs import PerLayerGate, PerLayerInputs
-from jaxinfer.models.transformer import Embedding, layer_modules
+from jaxinfer.models.transformer import layer_modules, token_tables
 from pallas_kernels.reductions import row_sums
 
 _LEAST_POWER = 1e-5  # mean square below which a projected stream is not scaled up further
@@ -108,15 +108,13 @@ class Gemma3nDecoder(nnx.Module):
     def __init__(self, config: ModelConfig, build: Build):
         assert config.alt_up is not None and config.per_layer_input is not None
         self.config, others = config, range(config.alt_up.num_streams - 1)
-        self.embed = Embedding(config.vocab_size, config.embed_size, build, scale=config.embed_scale)
+        self.embed, self.unembedding = token_tables(config, build)
         self.per_layer = PerLayerInputs(config, config.per_layer_input, build)
         size = config.embed_size
         self.spread = nnx.List([Linear(size, size, ("embed_out", "embed"), build.plain()) for _ in others])
         self.gather = nnx.List([Linear(size, size, ("embed_out", "embed"), build.plain()) for _ in others])
         self.layers = layer_modules(Gemma3nLayer, config, build)
         self.norm = Norm(config.embed_size, config.norm, build)
-        if not config.tie_embeddings:
-            self.unembedding = Embedding(config.vocab_size, config.embed_size, build)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
@@ -132,8 +130,7 @@ class Gemma3nDecoder(nnx.Module):
         return self.norm(in_order(parts) * jnp.asarray(1 / len(parts), first.dtype))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        table = self.embed if self.config.tie_embeddings else self.unembedding
-        return table.logits(hidden, self.config.logit_softcap)
+        return self.unembedding.logits(hidden, self.config.logit_softcap)
 
 
 def _as_loud_as(reference: jax.Array, x: jax.Array) -> jax.Array:

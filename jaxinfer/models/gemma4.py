@@ -19,7 +19,7 @@ from jaxinfer.models.multimodal import text_fields
 from jaxinfer.models.rope_fields import read_ropes
 from jaxinfer.models.sources import Source
 
-IGNORED = gemma3n.IGNORED
+ignored = gemma3n.ignored
 DEFAULTS: Mapping[str, Any] = {  # of text_config, whose files leave out what is as transformers has it
     "vocab_size": 262_144,
     "hidden_size": 2304,

@@ -25,7 +25,7 @@ from jaxinfer.models.layers import (
     rotations,
 )
 from jaxinfer.models.per_layer_inputs import PerLayerGate, PerLayerInputs
-from jaxinfer.models.transformer import Embedding, layer_modules
+from jaxinfer.models.transformer import layer_modules, token_tables
 
 
 class Gemma4Experts(nnx.Module):
@@ -85,13 +85,11 @@ class Gemma4Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, build: Build):
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.embed_size, build, scale=config.embed_scale)
+        self.embed, self.unembedding = token_tables(config, build)
         if config.per_layer_input is not None:
             self.per_layer = PerLayerInputs(config, config.per_layer_input, build)
         self.layers = layer_modules(Gemma4Layer, config, build)
         self.norm = Norm(config.embed_size, config.norm, build)
-        if not config.tie_embeddings:
-            self.unembedding = Embedding(config.vocab_size, config.embed_size, build)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
@@ -104,5 +102,4 @@ class Gemma4Decoder(nnx.Module):
         return self.norm(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        table = self.embed if self.config.tie_embeddings else self.unembedding
-        return table.logits(hidden, self.config.logit_softcap)
+        return self.unembedding.logits(hidden, self.config.logit_softcap)

@@ -66,6 +66,8 @@ IRRELEVANT = frozenset(
     }
 )
 
+# What is computed with before a ModelConfig can check it: lists as long as the model is deep, the root of its width.
+_RANGES = {"num_hidden_layers": range(1, 10_001), "hidden_size": range(1, 2**31)}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -99,7 +101,11 @@ class Fields:
         return name in self._hf
 
     def integer(self, name: str, default: int | None = None) -> int:
-        return _integer(self.prefix + name, self._required(name, default))
+        value = _integer(self.prefix + name, self._required(name, default))
+        if name in _RANGES and value not in _RANGES[name]:
+            allowed = _RANGES[name]
+            raise ConfigError(f"{self.prefix}{name}={value} must be from {allowed[0]} to {allowed[-1]}")
+        return value
 
     def number(self, name: str, default: float | None = None) -> float:
         return _number(self.prefix + name, self._required(name, default))

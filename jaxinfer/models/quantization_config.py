@@ -23,6 +23,7 @@ _MXFP4_GROUP = 32  # the format's own
 # What a quantizer notes of its run, or says to other runtimes.
 _GPTQ_NOTES = (
     "act_group_aware",
+    "autoround_version",
     "backend",
     "batch_size",
     "block_name_to_quantize",
@@ -31,7 +32,12 @@ _GPTQ_NOTES = (
     "damp_percent",
     "dataset",
     "desc_act",  # whether inputs are out of order is looked up in the tensors themselves
+    "disable_exllama",
+    "enable_minmax_tuning",
+    "enable_quanted_input",
     "exllama_config",
+    "hyb_act",
+    "iters",
     "max_input_length",
     "meta",
     "model_file_base_name",
@@ -39,6 +45,7 @@ _GPTQ_NOTES = (
     "model_seqlen",
     "module_name_preceding_first_block",
     "mse",
+    "pack_impl",
     "pad_token_id",
     "static_groups",
     "tokenizer",
@@ -79,6 +86,7 @@ def _gptq(fields: Fields) -> Quantization:
     if fields.get("dynamic"):
         raise ConfigError(f"{_FIELD}dynamic changes the format of some modules; supported: its absence")
     _skip(fields, _GPTQ_NOTES)
+    fields.fixed({"data_type": "int"})
     bits = _one_of(fields, "bits", (4, 8))
     layouts = ("gptq", "gptq_v2")
     layout = _one_of(fields, "checkpoint_format", layouts, _one_of(fields, "format", layouts, "gptq"))

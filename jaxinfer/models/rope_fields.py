@@ -6,6 +6,7 @@ Hides the names a scaling's fields have had, their defaults, and that a model ma
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,9 +55,9 @@ def read_rope(
     inner.finish()
     match scaling:
         case LinearScaling() | DynamicScaling():
-            max_position = int(max_position * scaling.factor)
+            max_position = _stretched(inner, max_position, scaling.factor)
         case YarnScaling():
-            max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
+            max_position = max(max_position, _stretched(inner, scaling.original_max_position, scaling.factor))
     return RopeSpec(theta, scaling, None if rotary_dim == head_dim else rotary_dim), max_position
 
 
@@ -95,7 +96,7 @@ def read_ropes(
 
 def rotated(partial: float, head_dim: int) -> int:
     """Dimensions of a head that turn, of `partial_rotary_factor`."""
-    rotary_dim = int(head_dim * partial)
+    rotary_dim = int(head_dim * min(max(partial, 0.0), 1.0))
     if not 0 < partial <= 1 or rotary_dim % 2 or rotary_dim < 2:
         raise ConfigError(
             f"partial_rotary_factor={partial} of head_dim={head_dim} must make an even number of dimensions from 2 to "
@@ -117,6 +118,8 @@ def _typed_rope(kind: str, inner: Fields, head_dim: int) -> RopeSpec:
     if name != "proportional":
         rotary_dim = rotated(partial, head_dim)
         return RopeSpec(theta, scaling, None if rotary_dim == head_dim else rotary_dim)
+    if not 0 <= partial <= 1:
+        raise ConfigError(f"{inner.prefix}partial_rotary_factor={partial} must be from 0 to 1")
     return RopeSpec(theta, scaling, num_turning=int(partial * head_dim // 2))
 
 
@@ -232,13 +235,26 @@ def _temperature(factor: float, scale: float) -> float:
 def _longrope(fields: Fields, inner: Fields, num_pairs: int, max_position: int) -> LongScaling:
     original = _original_context(fields, inner, max_position)
     factor = _positive(inner, "factor", max_position / original)
+    if original < 2:
+        raise ConfigError(f"original_max_position_embeddings={original} must be at least 2 with rope_type longrope")
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    short, long = (inner.listed(name, num_pairs, (int, float)) for name in ("short_factor", "long_factor"))
-    if short is None or long is None or min(*short, *long) <= 0:
-        raise ConfigError(f"{inner.prefix}short_factor and long_factor must list {num_pairs} positive numbers each")
-    return LongScaling(
-        tuple(map(float, short)), tuple(map(float, long)), original, _positive(inner, "attention_factor", default)
-    )
+    short, long = (_positives(inner, name, num_pairs) for name in ("short_factor", "long_factor"))
+    return LongScaling(short, long, original, _positive(inner, "attention_factor", default))
+
+
+def _positives(inner: Fields, name: str, num_pairs: int) -> tuple[float, ...]:
+    """A divisor for each pair of dimensions; not-a-number, which JSON readers let pass, is none."""
+    values = inner.listed(name, num_pairs, (int, float))
+    if values is None or not all(0 < value <= sys.float_info.max for value in values):
+        raise ConfigError(f"{inner.prefix}{name}={values!r:.80} must list {num_pairs} positive numbers")
+    return tuple(map(float, values))
+
+
+def _stretched(inner: Fields, context: int, factor: float) -> int:
+    """The positions that a scaling by `factor` reaches."""
+    if not context * factor < 2**63:
+        raise ConfigError(f"{inner.prefix}factor={factor} takes a context of {context} tokens over 2**63")
+    return int(context * factor)
 
 
 def _original_context(fields: Fields, inner: Fields, max_position: int) -> int:

@@ -70,6 +70,13 @@ class Embedding(nnx.Module):
         return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def token_tables(config: ModelConfig, build: Build) -> tuple[Embedding, Embedding]:
+    """The table of token ids and that of logits: one and the same where the model ties them."""
+    embed = Embedding(config.vocab_size, config.embed_size, build, scale=config.embed_scale)
+    tied = config.tie_embeddings
+    return embed, embed if tied else Embedding(config.vocab_size, config.embed_size, build)
+
+
 class Layer(nnx.Module):
     """Attention and an MLP or experts, each with its residual; norms of their inputs, of their outputs, or of both."""
 
@@ -105,11 +112,9 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, build: Build):
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.embed_size, build, scale=config.embed_scale)
+        self.embed, self.unembedding = token_tables(config, build)
         self.layers = layer_modules(Layer, config, build)
         self.norm = Norm(config.embed_size, config.norm, build)
-        if not config.tie_embeddings:
-            self.unembedding = Embedding(config.vocab_size, config.embed_size, build)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
@@ -121,8 +126,7 @@ class Transformer(nnx.Module):
         return self.norm(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        table = self.embed if self.config.tie_embeddings else self.unembedding
-        return table.logits(hidden, self.config.logit_softcap)
+        return self.unembedding.logits(hidden, self.config.logit_softcap)
 
 
 def make_decoder(

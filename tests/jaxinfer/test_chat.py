@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from jinja2.filters import FILTERS
 
+from jaxinfer import chat_process
 from jaxinfer.chat import ChatLimits, ChatTemplate, Conversation
 from jaxinfer.config import ConfigError
 from jaxinfer.request import RequestError
@@ -378,6 +379,37 @@ def test_a_process_that_stands_still_is_ended() -> None:
     with pytest.raises(RequestError, match=r"took longer than 0\.5 s"):
         chat.render(HELLO)
     assert chat.render(HELLO) == "fine"
+
+
+def test_a_process_that_reads_no_more_is_ended() -> None:
+    chat = ChatTemplate({"default": "{{ messages[0].content }}"}, {}, limits=ChatLimits(wall_s=3.0))
+    process = chat._processes._idle[0]
+    os.kill(process._process.pid, signal.SIGSTOP)
+    long = "x" * 2**20  # more than a pipe holds, so that writing it cannot end
+    with pytest.raises(RequestError, match=r"longer than 3 s"):
+        chat.render(Conversation([{"role": "user", "content": long}]))
+    assert chat.render(Conversation([{"role": "user", "content": long}])) == long
+    chat.close()
+
+
+def test_a_process_killed_while_it_renders_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
+    ask, kills = chat_process._Process.ask, [2]
+
+    def killed_before_it_answers(process: Any, request: Any) -> Any:
+        if "name" in request and kills[0]:  # not the settings that a new process is given first
+            kills[0] -= 1
+            os.kill(process._process.pid, signal.SIGSTOP)
+            threading.Timer(0.2, os.kill, (process._process.pid, signal.SIGKILL)).start()
+        return ask(process, request)
+
+    monkeypatch.setattr(chat_process._Process, "ask", killed_before_it_answers)
+    hello = Conversation([{"role": "user", "content": "Hello"}])
+    with pytest.raises(RequestError, match=r"status -9"):  # a template may be what gets its processes killed
+        chat.render(hello)
+    kills[0] = 1
+    assert chat.render(hello) == "Hello" and not kills[0]
+    chat.close()
 
 
 def test_processes_end_with_their_template() -> None:

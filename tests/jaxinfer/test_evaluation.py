@@ -427,6 +427,8 @@ def test_a_sample_that_the_harness_logged_is_read_and_written_alike(tmp_path: Pa
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "none of them empty"),
         ('{"query": 3, "choices": ["b", "c"], "gold": 0}', "must be text"),
         ('{"arguments": [["a", " b"], ["x", " c"]], "target": 0}', "2 contexts"),
+        ('{"query": "a", "choices": "yes", "gold": 0}', "choices 'yes' must be a list of texts"),
+        pytest.param("[" * 200_000, "recursion", id="deep"),
     ],
 )
 def test_bad_questions_are_refused_by_line(line: str, words: str, tmp_path: Path) -> None:
@@ -434,6 +436,15 @@ def test_bad_questions_are_refused_by_line(line: str, words: str, tmp_path: Path
     path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line)
     with pytest.raises(ConfigError, match=f"line 2: .*{words}"):
         choices.read_questions(path)
+
+
+def test_only_line_feeds_end_a_question(tmp_path: Path) -> None:
+    text = "a\u2028b\x85c\u2029"  # which JSON texts may hold as they are
+    line = json.dumps({"query": text, "choices": ["b", "c"], "gold": 0}, ensure_ascii=False)
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(f"{line}\r\n\n{line}".encode())
+    questions, num_original = choices.read_questions(path)
+    assert [question.context for question in questions] == [text, text] and num_original == 2
 
 
 def test_questions_that_do_not_fit_are_refused(llm: LLM) -> None:

@@ -45,6 +45,13 @@ def read(tmp_path: Path, architecture: str = "LlamaForCausalLM", generation: Any
     return load_config(tmp_path)
 
 
+def read_golden(tmp_path: Path, golden: Path, **fields: Any) -> ModelConfig:
+    """load_config of a golden model with `fields` changed."""
+    hf = json.loads((golden / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    return load_config(tmp_path)
+
+
 def windows(config: ModelConfig) -> list[int | None]:
     return [layer.window for layer in config.layers]
 
@@ -177,15 +184,30 @@ def test_fields_that_cannot_matter_are_ignored(tmp_path: Path) -> None:
             r"original_max_position_embeddings=256 must be from 1 to max_position_embeddings=128",
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "betafast": 3}}, r"unknown field rope_scaling\.betafast=3"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"must list 8 positive numbers each"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"short_factor=None must list 8 positive numbers"),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}},
             r"long_factor=.* must list one entry for each of 8",
         ),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [0.0] * 8}},
-            r"must list 8 positive numbers each",
+            r"long_factor=\[0\.0, .* must list 8 positive numbers",
         ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [float("nan")] * 8, "long_factor": [1.0] * 8}},
+            r"short_factor=\[nan, .* must list 8 positive numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": [10**400] * 8}},
+            r"long_factor=\[10+.* must list 8 positive numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 1}},
+            r"original_max_position_embeddings=1 must be at least 2",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, r"factor=1e\+308 takes a context of 128 .* 2\*\*63"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e308}}, r"factor=1e\+308 takes a context"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e308}}, r"factor=1e\+308 takes a context"),
         ({"rope_scaling": {"rope_type": "default", "type": "llama3"}}, r"rope_type='default' .*'llama3' differ"),
         ({"rope_scaling": {"rope_type": "llama3"}}, r": rope_scaling\.factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, r"rope_scaling\.factor='8' must be a number"),
@@ -215,7 +237,8 @@ def test_fields_that_cannot_matter_are_ignored(tmp_path: Path) -> None:
         ({"vocab_size": ...}, r"vocab_size is missing"),
         ({"hidden_size": "64"}, r"hidden_size='64' must be a whole number"),
         ({"rms_norm_eps": None}, r"rms_norm_eps is missing"),
-        ({"num_hidden_layers": 0}, r"at least one layer"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers=0 must be from 1 to 10000"),
+        ({"num_hidden_layers": 10**18}, r"num_hidden_layers=10+ must be from 1 to 10000"),
         ({"num_attention_heads": 3}, r"hidden_size=64 is not a multiple of num_attention_heads=3"),
         ({"num_key_value_heads": 3}, r"q_heads=4 must be a multiple of kv_heads=3"),
         ({"tie_word_embeddings": 1}, r"tie_word_embeddings=1 must be true or false"),
@@ -234,6 +257,22 @@ def test_llama_refusals_name_field_value_and_choices(tmp_path: Path, fields: dic
     with pytest.raises(ConfigError, match=message) as error:
         read(tmp_path, **fields)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3n", "gemma4"])
+def test_a_width_without_a_root_is_refused(tmp_path: Path, name: str) -> None:
+    golden = next(path for path in GOLDENS if path.name == name)
+    with pytest.raises(ConfigError, match=r"hidden_size=-1 must be from 1"):
+        read_golden(tmp_path, golden, hidden_size=-1)
+
+
+@pytest.mark.parametrize("partial", [-1, 1.5, 1e308])
+def test_gemma4_turns_no_more_than_a_head(tmp_path: Path, partial: float) -> None:
+    golden = next(path for path in GOLDENS if path.name == "gemma4")
+    ropes = json.loads((golden / "config.json").read_text())["rope_parameters"]
+    ropes["full_attention"]["partial_rotary_factor"] = partial
+    with pytest.raises(ConfigError, match=r"full_attention\.partial_rotary_factor=.* must be from 0 to 1"):
+        read_golden(tmp_path, golden, rope_parameters=ropes)
 
 
 @pytest.mark.parametrize(

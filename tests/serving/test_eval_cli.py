@@ -101,6 +101,9 @@ def test_arguments_that_cannot_be_are_refused(capfd, model: str, text: str, tmp_
         capfd, "eval", "ppl", model, "--text", text, "--window", "200", *SMALL
     )
     assert "cannot be read" in refused(capfd, "eval", "ppl", model, "--text", text + "x")
+    for path in (str(tmp_path), str(tmp_path / "absent" / "file")):  # said before a model is loaded
+        for flags in (("ppl", model, "--text", text, "--output"), ("choices", model, "--task", text, "--log-samples")):
+            assert "cannot be written" in refused(capfd, "eval", *flags, path)
     assert "seed=-1" in refused(capfd, "eval", "ppl", model, "--text", text, "--seed", "-1")
     assert "no tokenizer" in refused(capfd, "eval", "ppl", str(GOLDEN), "--text", text, *SMALL)
     other = tmp_path / "other"

@@ -50,6 +50,10 @@ class ActivationSpec:
     alpha: float = 1.702
     limit: float = 7.0
 
+    def __post_init__(self) -> None:
+        if self.alpha <= 0 or self.limit <= 0:
+            raise ConfigError(f"the activation's alpha={self.alpha} and limit={self.limit} must be positive")
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:

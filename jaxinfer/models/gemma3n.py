@@ -146,4 +146,6 @@ def _config(architecture: str, fields: Fields) -> ModelConfig:
 def _per_layer(fields: Fields, name: str, depth: int, kind: Any) -> list[Any]:
     """A list with an entry per layer, or one number for all."""
     value = fields.get(name)
-    return (fields.listed(name, depth, kind) or []) if isinstance(value, list) else [fields.number(name)] * depth
+    if isinstance(value, list):
+        return fields.listed(name, depth, kind) or []
+    return [fields.integer(name) if kind is int else fields.number(name)] * depth

@@ -266,6 +266,23 @@ def test_a_width_without_a_root_is_refused(tmp_path: Path, name: str) -> None:
         read_golden(tmp_path, golden, hidden_size=-1)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gpt_oss", {"swiglu_limit": 0.0}, r"limit=0\.0 must be positive"),
+        ("gpt_oss", {"swiglu_alpha": -1.0}, r"alpha=-1\.0 and limit=7\.0 must be positive"),
+        ("gemma3n", {"intermediate_size": 1e308}, r"intermediate_size=1e\+308 must be a whole number"),
+        ("gemma3n", {"activation_sparsity_pattern": 1.0}, r"activation_sparsity_pattern=.* must be from 0 to below 1"),
+        ("mixtral", {"num_experts_per_tok": 0}, r"per_token=0 experts must be from 1 to num_experts=4"),
+        ("jaxinfer_mini", {"kv_from": [None, None, 1, None, None, None]}, r"kv_from\[2\]=1 must be an earlier full"),
+    ],
+)
+def test_what_one_architecture_refuses(tmp_path: Path, name: str, fields: dict[str, Any], message: str) -> None:
+    golden = next(path for path in GOLDENS if path.name == name)
+    with pytest.raises(ConfigError, match=message):
+        read_golden(tmp_path, golden, **fields)
+
+
 @pytest.mark.parametrize("partial", [-1, 1.5, 1e308])
 def test_gemma4_turns_no_more_than_a_head(tmp_path: Path, partial: float) -> None:
     golden = next(path for path in GOLDENS if path.name == "gemma4")

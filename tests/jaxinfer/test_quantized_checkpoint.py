@@ -374,7 +374,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1, then the same with the s
 def test_mxfp4_experts(tmp_path: Path) -> None:
     """GPT-OSS: blocks `[expert, out, in / 32, 16]`, the even input in the low half; gate and up in turns."""
     fields = {"architectures": ["GptOssForCausalLM"], "num_local_experts": 3, "num_experts_per_tok": 2}
-    fields |= {"sliding_window": 8}
+    fields |= {"sliding_window": 8, "rope_parameters": {"rope_type": "default"}}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | fields))
     rng = np.random.default_rng(0)
     tensors, expected = {}, {}

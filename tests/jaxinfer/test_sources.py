@@ -83,7 +83,15 @@ def gpt_oss(ours: Tensors) -> Tensors:
 MODELS: dict[str, tuple[dict[str, Any], Callable[[Tensors], Tensors]]] = {
     "Phi3ForCausalLM": ({}, phi3),
     "MixtralForCausalLM": ({"num_local_experts": 4, "num_experts_per_tok": 2}, mixtral),
-    "GptOssForCausalLM": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, gpt_oss),
+    "GptOssForCausalLM": (
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default"},
+        },
+        gpt_oss,
+    ),
 }
 
 

@@ -12,8 +12,7 @@ from jaxinfer.config import ConfigError, ModelConfig
 from jaxinfer.models import gemma
 from jaxinfer.models.decoder_fields import decoder_config, layer_windows, read_activation, read_head_dim
 from jaxinfer.models.gemma import family, query_scale, softcap
-from jaxinfer.models.hugging_face import Fields
-from jaxinfer.models.multimodal import renamed, text_fields
+from jaxinfer.models.multimodal import is_multimodal, language_model, renamed
 from jaxinfer.models.rope_fields import read_ropes
 from jaxinfer.models.sources import Source
 
@@ -36,22 +35,13 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {
 
 def weights(config: ModelConfig) -> Mapping[str, str | Source]:
     """Names in the checkpoint."""
-    if config.architecture == "Gemma3ForCausalLM":
-        return gemma.weights(config)
-    return renamed(gemma.weights(config), lambda name: f"language_model.{name}")
+    plain = gemma.weights(config)
+    return renamed(plain, lambda name: f"language_model.{name}") if is_multimodal(config.architecture) else plain
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Gemma3ForCausalLM's config.json -> ModelConfig. Raises ConfigError."""
-    return _config("Gemma3ForCausalLM", Fields(hf))
-
-
-def multimodal_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Gemma3ForConditionalGeneration's config.json -> the ModelConfig of its text part. Raises ConfigError."""
-    return _config("Gemma3ForConditionalGeneration", text_fields(hf, DEFAULTS))
-
-
-def _config(architecture: str, fields: Fields) -> ModelConfig:
+    """Gemma3ForCausalLM's config.json, or the text part of Gemma3ForConditionalGeneration's. Raises ConfigError."""
+    architecture, fields = language_model(hf, DEFAULTS)
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
     if pattern < 1:
         raise ConfigError(f"sliding_window_pattern={pattern} must be at least 1")

@@ -15,7 +15,7 @@ from jaxinfer.models import gemma
 from jaxinfer.models.decoder_fields import decoder_config, kv_owners, layer_windows, read_activation, read_eps
 from jaxinfer.models.gemma import softcap
 from jaxinfer.models.hugging_face import Fields
-from jaxinfer.models.multimodal import renamed, text_fields
+from jaxinfer.models.multimodal import is_multimodal, language_model, renamed
 from jaxinfer.models.rope_fields import read_ropes
 from jaxinfer.models.sources import Source
 
@@ -71,7 +71,7 @@ def weights(config: ModelConfig) -> Mapping[str, str | Source]:
     for i in range(config.alt_up.num_streams - 1):
         plain[f"spread.{i}.weight"] = f"model.altup_projections.{i}.weight"
         plain[f"gather.{i}.weight"] = f"model.altup_unembed_projections.{i}.weight"
-    return plain if config.architecture == "Gemma3nForCausalLM" else within_multimodal(plain)
+    return within_multimodal(plain) if is_multimodal(config.architecture) else plain
 
 
 def within_multimodal(plain: Mapping[str, str | Source]) -> Mapping[str, str | Source]:
@@ -80,16 +80,8 @@ def within_multimodal(plain: Mapping[str, str | Source]) -> Mapping[str, str | S
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Gemma3nForCausalLM's config.json -> ModelConfig. Raises ConfigError."""
-    return _config("Gemma3nForCausalLM", Fields(hf))
-
-
-def multimodal_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Gemma3nForConditionalGeneration's config.json -> the ModelConfig of its text part. Raises ConfigError."""
-    return _config("Gemma3nForConditionalGeneration", text_fields(hf, DEFAULTS))
-
-
-def _config(architecture: str, fields: Fields) -> ModelConfig:
+    """Gemma3nForCausalLM's config.json, or the text part of Gemma3nForConditionalGeneration's. Raises ConfigError."""
+    architecture, fields = language_model(hf, DEFAULTS)
     types = fields.layer_types(lambda index: "sliding_attention" if (index + 1) % 5 else "full_attention")
     depth, head_dim = len(types), fields.integer("head_dim", 256)
     owners = kv_owners(types, fields.integer("num_kv_shared_layers", 15))

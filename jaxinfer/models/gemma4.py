@@ -15,7 +15,7 @@ from jaxinfer.models import gemma, gemma3n
 from jaxinfer.models.decoder_fields import decoder_config, kv_owners, layer_windows, read_activation, read_eps
 from jaxinfer.models.gemma import softcap
 from jaxinfer.models.hugging_face import Fields
-from jaxinfer.models.multimodal import text_fields
+from jaxinfer.models.multimodal import is_multimodal, language_model
 from jaxinfer.models.rope_fields import read_ropes
 from jaxinfer.models.sources import Source
 
@@ -55,20 +55,12 @@ _OWN: Mapping[str, str | Source] = {
 def weights(config: ModelConfig) -> Mapping[str, str | Source]:
     """Names in the checkpoint."""
     plain = {**gemma.weights(config), **gemma3n.PER_LAYER_WEIGHTS, **_OWN}
-    return plain if config.architecture == "Gemma4ForCausalLM" else gemma3n.within_multimodal(plain)
+    return gemma3n.within_multimodal(plain) if is_multimodal(config.architecture) else plain
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Gemma4ForCausalLM's config.json -> ModelConfig. Raises ConfigError."""
-    return _config("Gemma4ForCausalLM", Fields(hf))
-
-
-def multimodal_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Gemma4ForConditionalGeneration's config.json -> the ModelConfig of its text part. Raises ConfigError."""
-    return _config("Gemma4ForConditionalGeneration", text_fields(hf, DEFAULTS))
-
-
-def _config(architecture: str, fields: Fields) -> ModelConfig:
+    """Gemma4ForCausalLM's config.json, or the text part of Gemma4ForConditionalGeneration's. Raises ConfigError."""
+    architecture, fields = language_model(hf, DEFAULTS)
     types = fields.layer_types(lambda index: "sliding_attention" if (index + 1) % 6 else "full_attention")
     types = [*types[:-1], "full_attention"]  # whatever the file says, as transformers has it
     head_dims, kv_heads = _kv_shapes(fields, types)

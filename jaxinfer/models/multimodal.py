@@ -35,6 +35,17 @@ OTHER_PARTS = frozenset(
 OUTER = ("tie_word_embeddings", "bos_token_id")  # count where text_config has none of its own
 
 
+def is_multimodal(architecture: str) -> bool:
+    """Whether the language model is a part of it, under names of its own."""
+    return architecture.endswith("ForConditionalGeneration")
+
+
+def language_model(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str, Fields]:
+    """The architecture, and the fields of its language model: config.json's own, or those of `text_fields`."""
+    [architecture] = hf["architectures"]
+    return architecture, text_fields(hf, defaults) if is_multimodal(architecture) else Fields(hf)
+
+
 def text_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Fields:
     """The fields of `text_config`, with `defaults` for absent ones. Raises ConfigError for unknown fields around it.
 

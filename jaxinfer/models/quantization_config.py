@@ -85,7 +85,7 @@ def _gptq(fields: Fields) -> Quantization:
     fields.fixed({"is_marlin_format": False, "pack_dtype": "int32", "lm_head": False})
     if fields.get("dynamic"):
         raise ConfigError(f"{_FIELD}dynamic changes the format of some modules; supported: its absence")
-    _skip(fields, _GPTQ_NOTES)
+    fields.skip(*_GPTQ_NOTES)
     fields.fixed({"data_type": "int"})
     bits = _one_of(fields, "bits", (4, 8))
     layouts = ("gptq", "gptq_v2")
@@ -97,7 +97,7 @@ def _gptq(fields: Fields) -> Quantization:
 
 
 def _awq(fields: Fields) -> Quantization:
-    _skip(fields, _AWQ_NOTES)
+    fields.skip(*_AWQ_NOTES)
     bits = _one_of(fields, "bits", (4,), _one_of(fields, "w_bit", (4,), 4))
     versions = ("gemm", "GEMM")
     _one_of(fields, "version", versions, _one_of(fields, "format", versions, "gemm"))
@@ -127,7 +127,7 @@ def _mxfp4(fields: Fields) -> Quantization:
 
 
 def _compressed_tensors(fields: Fields) -> Quantization:
-    _skip(fields, ("global_compression_ratio", "quantization_status", "version"))
+    fields.skip("global_compression_ratio", "quantization_status", "version")
     fields.fixed({"kv_cache_scheme": None, "moe_sparsity_config": None})
     for name in ("sparsity_config", "transform_config"):
         value = fields.get(name)
@@ -169,7 +169,7 @@ def _group_format(group: Fields, default: Any) -> StoredFormat:
     weights.fixed({"dynamic": False})
     if weights.get("actorder") is not False:
         _one_of(weights, "actorder", ("weight", "static", None))
-    _skip(weights, ("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "is_online"))
+    weights.skip("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "is_online")
     kind, bits = weights.get("type") or "int", weights.integer("num_bits", 8)
     symmetric = weights.boolean("symmetric", True)
     strategy, group_size, block_outputs = _scaling(weights)
@@ -232,7 +232,7 @@ def _activation(group: Fields, dtype: str, per_output: bool) -> str | None:
             f"symmetric={inputs.get('symmetric')!r}: scales that are stored for activations are not supported"
         )
     inputs.fixed({"actorder": None, "block_structure": None})
-    _skip(inputs, ("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "group_size", "is_online"))
+    inputs.skip("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "group_size", "is_online")
     inputs.finish()
     wanted = "float8_e4m3fn" if (kind, bits) == ("float", 8) else "int8" if (kind, bits) == ("int", 8) else None
     if strategy == "group" and not per_output and wanted is not None:
@@ -275,11 +275,6 @@ def _pattern(pattern: str) -> str:
             f"{_FIELD[:-1]} has a pattern that is not a regular expression: {pattern!r}: {error}"
         ) from error
     return pattern
-
-
-def _skip(fields: Fields, names: Iterable[str]) -> None:
-    for name in names:
-        fields.get(name)
 
 
 def _one_of(fields: Fields, name: str, choices: tuple[Any, ...], default: Any = None) -> Any:

@@ -103,12 +103,7 @@ def comparison_report(
         "nats_per_token_difference": mean_per_token(worse, counts, seed=seed).json(),
         "a": {"nats_per_token": sides["a"].json(), "perplexity": sides["a"].exponential().json()},
         "b": {"nats_per_token": sides["b"].json(), "perplexity": sides["b"].exponential().json()},
-        "num_scored_tokens": sum(counts),
-        "num_windows": len(windows),
-        "text": text.json(),
-        "window": options.length,
-        "stride": options.stride,
-        "bos": options.bos,
+        **options.report(text, windows),
         "seed": seed,
         "resamples": RESAMPLES,
     }

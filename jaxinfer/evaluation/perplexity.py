@@ -43,12 +43,7 @@ def perplexity_report(
         "perplexity": per_token.exponential().json(),
         "nats_per_token": per_token.json(),
         "bits_per_byte": bits_per_byte.json(),
-        "num_scored_tokens": sum(counts),
-        "num_windows": len(windows),
-        "text": text.json(),
-        "window": options.length,
-        "stride": options.stride,
-        "bos": options.bos,
+        **options.report(text, windows),
         "seed": seed,
         "resamples": RESAMPLES,
     }

@@ -7,6 +7,7 @@ sequence goes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,17 @@ class WindowOptions:
     length: int
     stride: int
     bos: str
+
+    def report(self, text: TokenizedText, windows: Sequence[Window]) -> dict[str, Any]:
+        """What was scored of which text, for a report."""
+        return {
+            "num_scored_tokens": sum(window.num_scored for window in windows),
+            "num_windows": len(windows),
+            "text": text.json(),
+            "window": self.length,
+            "stride": self.stride,
+            "bos": self.bos,
+        }
 
     @classmethod
     def checked(cls, length: int | None, stride: int | None, bos: str, *, max_model_len: int) -> WindowOptions:

@@ -24,6 +24,7 @@ class Sequence:
     tokens: list[int]  # prompt and generated tokens, as applied
     num_prompt: int
     max_total: int  # prompt plus completion may not become longer
+    data_shard: int = 0  # whose slots and pages it uses
     slot: int | None = None
     num_cached: int = 0  # prompt tokens whose K/V came from the prefix cache at the first admission
     finish_reason: FinishReason | None = None
@@ -31,8 +32,8 @@ class Sequence:
     # ----
     resident_max: int = 0  # it keeps its slot up to this many tokens: max_total, or fewer where K/V must be made anew
     rank: int = 0  # 0: online, or batch promoted by age; 1: batch
-    prefill_end: int = 0  # tokens known at admission: rows [num_cached, prefill_end) come from chunks
-    prefill_planned: int = 0  # rows that planned chunks cover; below prefill_end the sequence is prefilling
+    prefill_end: int = 0  # tokens known at admission: the rows of all of them come from the cache or from chunks
+    prefill_planned: int = 0  # rows that planned chunks cover; while it waits: that may come from the prefix cache
     most_pending: int = 0  # tokens that planned calls, not yet applied, produce at most
     least_pending: int = 0  # and at least, unless the sequence stops early
     page_rows: int = 0  # rows that its pages can hold
@@ -83,15 +84,19 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One device call. Edits come first, in the order: stops, cells, admissions, copies."""
+    """What a device call does with the slots of one data shard. Edits come first: stops, cells, admissions, copies.
 
-    chunks: tuple[Chunk, ...]  # empty: decode_loop; else mixed_step (exactly one step)
+    Beside it may stand plans of other data shards, or None: then no row of that shard may advance. Where one of them
+    has chunks, the call is a mixed_step, and every plan has one step.
+    """
+
+    chunks: tuple[Chunk, ...]  # computed in a mixed_step (exactly one step); all plans without: decode_loop
     admissions: tuple[Admission, ...]  # each has a chunk in the same plan
     cells: tuple[tuple[int, Cell], ...]  # (slot, cell) of sequences admitted earlier; each at most once
     copies: tuple[PageCopy, ...]
     stops: tuple[int, ...]  # slots to stop before anything else; an admission may reuse one in the same plan
-    num_steps: int  # decode_loop: most steps; 1 for a mixed step
-    exit_on_free: bool  # somebody waits: leave the loop when a slot frees
+    num_steps: int  # decode_loop: most steps of this shard's rows; 1 for a mixed step
+    exit_on_free: bool  # somebody waits: when a slot of this shard frees, all shards leave the loop
     running: tuple[tuple[int, Sequence], ...]  # may produce tokens: decode rows, then final chunks
     num_slots: int  # 1 + highest slot in use or stopped
     least_steps: int = 1  # steps the call makes for certain where a row is alive

@@ -39,8 +39,8 @@ class RunningSet:
         return len(self._prefilling) + len(self._decoding)
 
     @property
-    def has_free_slot(self) -> bool:
-        return self._slots.num_free > 0
+    def num_free_slots(self) -> int:
+        return self._slots.num_free
 
     def prefilling(self) -> list[Sequence]:
         """Those with rows that no planned chunk covers, in order of admission."""
@@ -129,11 +129,11 @@ class RunningSet:
     def admit(
         self, sequence: Sequence, first_chunk: Callable[[int], int]
     ) -> tuple[Admission, int, tuple[PageCopy, ...]] | None:
-        """Give a sequence a free slot, its cached prefix, and pages for its first chunk; None when it must wait.
+        """Give the head of the queue a free slot, its cached prefix, and pages for its first chunk; None: it must wait.
 
         first_chunk: rows left to compute -> rows computed now, 0 for none. The second result is what it answered.
         """
-        if self._blocked == (sequence.seq_id, self._cache.num_returns):
+        if self.is_short_for(sequence):
             return None
         num_tokens = len(sequence.tokens)
         acquired = self._cache.acquire(
@@ -142,7 +142,7 @@ class RunningSet:
         num_cached = acquired.num_cached_tokens
         length = first_chunk(num_tokens - num_cached)
         cells = None
-        if length and self._has_room(sequence.seq_id, num_tokens):
+        if length and self._has_room(num_tokens, self._cache.page_rows(sequence.seq_id)):
             cells = self._cache.extend(sequence.seq_id, num_cached + length)
         if cells is None:
             self._cache.cancel(sequence.seq_id)
@@ -150,6 +150,7 @@ class RunningSet:
                 self._blocked = (sequence.seq_id, self._cache.num_returns)
             assert not length or len(self), _POOL_TOO_SMALL
             return None
+        self._waiting.pop()
         slot = self._slots.take(sequence)
         rule = self._length_rule
         limit = None if rule is None else rule.resident_limit(num_tokens)
@@ -167,19 +168,35 @@ class RunningSet:
             pages[cell.group].append(cell)
         return Admission(slot, sequence, num_cached, tuple(tuple(group) for group in pages)), length, acquired.copies
 
+    def is_short_for(self, sequence: Sequence) -> bool:
+        """Whether its admission failed for want of pages, and none came back since."""
+        return self._blocked == (sequence.seq_id, self._cache.num_returns)
+
     def _salt(self, sequence: Sequence) -> str:
         """Sequences with equal tokens and salt have equal K/V, and may know of each other."""
         rule = self._length_rule
         length = "" if rule is None else rule.cache_salt(sequence.num_prompt, len(sequence.tokens))
         return f"{length}\0{sequence.request.cache_salt}"
 
-    def _has_room(self, seq_id: int, num_tokens: int) -> bool:
-        """Whether all its tokens fit beside what the others need soon, so that it is not preempted at once."""
+    def _has_room(self, num_tokens: int, held_rows: int) -> bool:
+        """Whether rows [held_rows, num_tokens) fit beside what the others need soon, so as not to be preempted at once."""
         if not len(self):
             return True
         owed_rows = sum(max(0, s.prefill_end - s.page_rows) for s in self._prefilling)
         spare_pages = -(-owed_rows // self._cache.page_size) + len(self)
-        return self._cache.fits(seq_id, num_tokens, rows_ahead=self._rows_ahead, spare_pages=spare_pages)
+        return self._cache.fits(num_tokens, held_rows=held_rows, rows_ahead=self._rows_ahead, spare_pages=spare_pages)
+
+    def outlook(self, sequence: Sequence) -> tuple[int, bool]:
+        """What a new sequence would find here: rows in the prefix cache, and whether there are pages for the others."""
+        num_cached = min(
+            sequence.reusable_rows, self._cache.num_cached_rows(sequence.tokens, salt=self._salt(sequence))
+        )
+        return num_cached, self._has_room(len(sequence.tokens), num_cached)
+
+    @property
+    def owed_rows(self) -> int:
+        """Rows known at admission that no planned chunk covers."""
+        return sum(s.prefill_end - s.prefill_planned for s in self._prefilling)
 
     def start_decoding(self, sequence: Sequence) -> None:
         """Planned chunks cover all its rows."""

@@ -1,7 +1,7 @@
-"""Scheduler: what the next device call does, planned while earlier calls still run.
+"""Scheduler: what the next device call does with one data shard's slots, planned while earlier calls still run.
 
-Hides the token budget, chunked prefill, the order of admission, and what calls in flight may yet do: the host knows a
-running sequence's length only up to them, until `apply` tells. Slots, pages and preemption are in running.py.
+Hides what calls in flight may yet do: the host knows a running sequence's length only up to them, until `apply` tells.
+Prompts' share of a call is planned in prefill.py; slots, pages and preemption are in running.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
-from jaxinfer.cache import CacheManager, PageCopy
+from jaxinfer.arrivals import Arrivals
+from jaxinfer.cache import CacheManager, PageCopy, PoolUsage
 from jaxinfer.config import EngineConfig
 from jaxinfer.plan import (
     FINISHED_LENGTH,
@@ -25,7 +27,8 @@ from jaxinfer.plan import (
     StepResult,
     Update,
 )
-from jaxinfer.request import FinishReason, QueueFullError, Request, RequestError
+from jaxinfer.prefill import PrefillPlanner, stop_at_bucket
+from jaxinfer.request import FinishReason, Request
 from jaxinfer.rope import LengthRule
 from jaxinfer.running import RunningSet
 from jaxinfer.slots import MAX_IN_FLIGHT
@@ -39,26 +42,45 @@ _FINISH_REASONS = {
 _NAN_ERROR = "the model produced NaN or infinite logits for this sequence, or its masks left no token to choose"
 
 
-# What another step costs, in prefill tokens: measured on a CPU, the shipped model (docs/performance.md). Decode rows
-# that take part use the step anyway.
-STEP_TOKENS, LONE_STEP_TOKENS = 32, 128
+def plan_call(schedulers: Seq[Scheduler], *, max_steps: int) -> list[Plan | None]:
+    """One plan per data shard for one device call, None where a shard has nothing to do in it.
 
-
-def unpadded(num_tokens: int, buckets: Seq[int], step_tokens: int) -> int:
-    """How many of `num_tokens` to compute now: all, or the largest bucket below where that saves over `step_tokens`.
-
-    buckets: ascending sizes that steps are compiled for; the last one is at least `num_tokens`.
+    All shards run one program. Where one of them prefills it is a mixed step, which is one step for all; else a decode
+    loop in which each has its own number of steps, up to `max_steps`. When a slot of a shard frees for which somebody
+    waits there, the loop ends for all.
     """
-    above = next(index for index, bucket in enumerate(buckets) if bucket >= num_tokens)
-    if buckets[above] == num_tokens or above == 0:
-        return num_tokens
-    now = buckets[above - 1]
-    later = next(bucket for bucket in buckets if bucket >= num_tokens - now)
-    return now if buckets[above] - now - later > step_tokens else num_tokens
+    drafts = [scheduler.draft() for scheduler in schedulers]
+    is_mixed = any(draft.chunks for draft in drafts)
+    if is_mixed:
+        alone = not any(draft.decoding for draft in drafts)
+        stop_at_bucket([draft.chunks for draft in drafts], schedulers[0].config, alone=alone)
+    for scheduler, draft in zip(schedulers, drafts, strict=True):
+        scheduler.reserve(draft, 1 if is_mixed else max_steps)
+    if any(draft.is_held_up for draft in drafts):  # it goes on once calls in flight were applied: no long loop now
+        for draft in drafts:
+            draft.num_steps = min(draft.num_steps, 1)
+    may_end_early = not is_mixed and any(draft.exit_on_free for draft in drafts)
+    return [
+        scheduler.issue(draft, may_end_early=may_end_early) for scheduler, draft in zip(schedulers, drafts, strict=True)
+    ]
+
+
+@dataclass(slots=True)
+class Draft:
+    """What one data shard would do in the next call, while the shards settle what kind of call it is."""
+
+    decoding: list[Sequence]  # may still be running on the device
+    most_steps: int  # that the longest of them can yet take
+    chunks: list[Chunk] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    num_steps: int = 0  # 0: takes no part
+    exit_on_free: bool = False
+    is_held_up: bool = False  # takes no part although somebody could go on, were calls in flight applied
 
 
 class Scheduler:
-    """Owns all sequences, their slots and (through the cache) their pages. One thread.
+    """Owns the sequences of one data shard, their slots and (through the cache) their pages. One thread.
 
     Calls must be dispatched in the order of `plan` and applied in that order, at most MAX_IN_FLIGHT at once.
     """
@@ -71,63 +93,67 @@ class Scheduler:
         max_model_len: int,
         length_rule: LengthRule | None = None,
         clock: Callable[[], float] = time.monotonic,
+        data_shard: int = 0,
+        arrivals: Arrivals | None = None,
     ):
-        self._config = config
+        """config: its `max_num_seqs` are the slots of this shard. arrivals: what all data shards have in common."""
+        self.config = config
         self._cache = cache
-        self._max_model_len = max_model_len
         self._clock = clock
+        self._data_shard = data_shard
+        self._arrivals = Arrivals(config.max_queue, max_model_len, clock) if arrivals is None else arrivals
         self._waiting = WaitingQueue(config.batching, config.max_num_seqs, config.max_batch_wait_s)
         self._running = RunningSet(config, cache, self._waiting, length_rule)
+        self._prefill = PrefillPlanner(config, self._running, self._waiting)
         self._outgrown: list[Sequence] = []  # left their slots to be computed anew; calls in flight may name them
         self._in_flight: deque[Plan] = deque()
-        self._next_seq_id = 0
         self._generation = 0
-        self._last_end_s: float | None = None
-        self._seconds_per_end = 1.0
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
     def add(self, request: Request, *, seeds: Seq[int]) -> list[Sequence]:
         """Queue one sequence per completion. seeds: one per completion.
 
-        Later completions of a prompt of at least a page wait (parked) until the first one's prefill was applied, and
-        then share its pages; not in static and dynamic mode, where they belong to the same batch.
         Raises QueueFullError (all completions or none), RequestError when they could never fit the queue.
         """
-        num = request.sampling.n
-        assert len(seeds) == num, f"{len(seeds)} seeds for n={num}"
-        if num > self._config.max_queue:
-            raise RequestError("n", f"{num} completions can never wait at once: max_queue is {self._config.max_queue}")
-        if len(self._waiting) + num > self._config.max_queue:
-            raise QueueFullError(self._config.max_queue, min(60.0, max(0.1, self._seconds_per_end * num)))
-        now_s = self._clock()
-        prompt = request.prompt_token_ids
-        max_tokens = request.sampling.max_tokens
-        wanted = self._max_model_len if max_tokens is None else len(prompt) + max_tokens
-        sequences = [
-            Sequence(
-                seq_id=self._next_seq_id + index,
-                request=request,
-                index=index,
-                seed=seed,
-                arrival_s=now_s,
-                tokens=list(prompt),
-                num_prompt=len(prompt),
-                max_total=min(wanted, self._max_model_len),
-                rank=int(request.priority),
-            )
-            for index, seed in enumerate(seeds)
-        ]
-        self._next_seq_id += num
-        share = self._cache.prefix_caching and self._config.batching == "continuous"
-        if share and num > 1 and len(prompt) >= self._cache.page_size:
-            self._waiting.push(sequences[0])
-            sequences[0].siblings = sequences[1:]
-            for sibling in sequences[1:]:
+        sequences = self._arrivals.receive(request, seeds, self.num_waiting)
+        self.enqueue(sequences)
+        return sequences
+
+    def enqueue(self, sequences: Seq[Sequence], *, num_cached: int = 0) -> None:
+        """Let all completions of a request wait for slots of this shard. num_cached: prompt rows in its prefix cache.
+
+        Later completions of a prompt of at least a page wait (parked) until the first one's prefill was applied, and
+        then share its pages; not in static and dynamic mode, where they belong to the same batch.
+        """
+        leader, *siblings = sequences
+        for sequence in sequences:
+            sequence.data_shard, sequence.prefill_planned = self._data_shard, num_cached
+        self._waiting.push(leader)
+        share = self._cache.prefix_caching and self.config.batching == "continuous"
+        if share and leader.num_prompt >= self._cache.page_size:
+            leader.siblings = siblings
+            for sibling in siblings:
+                sibling.prefill_planned = leader.num_prompt - 1
                 self._waiting.park(sibling)
         else:
-            for sequence in sequences:
-                self._waiting.push(sequence)
+            for sibling in siblings:
+                self._waiting.push(sibling)
+
+    def stuck_head(self) -> Sequence | None:
+        """Who is next, where slots or pages are short: it cannot be admitted yet."""
+        head = self._waiting.head()
+        stuck = head is not None and (not self.num_free_slots or self._running.is_short_for(head))
+        return head if stuck else None
+
+    def withdraw(self, leader: Sequence) -> list[Sequence] | None:
+        """Take a waiting request out, all completions; None, and nothing done, where one ran or is on its own."""
+        if leader.was_admitted or len(leader.siblings) != leader.request.sampling.n - 1:
+            return None
+        sequences = [leader, *(sibling for sibling in leader.siblings if sibling.finish_reason is None)]
+        leader.siblings = []
+        for sequence in sequences:
+            self._waiting.remove(sequence)
         return sequences
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -148,120 +174,57 @@ class Scheduler:
         A plan returned is a plan in flight: dispatch it, then `apply` its result. max_steps bounds a decode loop.
         None with work left and nothing in flight: dynamic batching waits, until `next_deadline()`.
         """
+        return plan_call([self], max_steps=max_steps)[0]
+
+    def draft(self) -> Draft:
+        """First of three parts of a plan: the chunks, if anybody has a prompt to compute and pages are there."""
         self._cache.end_copies()
         if not len(self._running):
             self._waiting.open_batch(self._clock())
-        decoding, most_left = self._running.decoding()
-        if self._running.prefilling() or (self._running.has_free_slot and self._waiting.head() is not None):
-            num_preempted = self.num_preemptions
-            if not self._running.reserve_steps(decoding, 1, may_preempt=not self._in_flight):
-                return None
-            chunks, admissions, copies = self._plan_prefill(
-                self._config.max_num_batched_tokens - len(decoding), num_preempted
-            )
-            if chunks:
-                self._stop_at_bucket(chunks, alone=not decoding)
-                return self._issue(decoding, 1, chunks, admissions, copies)
-        num_steps = min(max_steps, self._config.loop_steps, most_left)
+        decoding, most_steps = self._running.decoding()
+        draft = Draft(decoding, most_steps)
+        if not self._prefill.has_work:
+            return draft
+        may_preempt, num_preemptions = not self._in_flight, self.num_preemptions
+        if not self._running.reserve_steps(decoding, 1, may_preempt=may_preempt):
+            draft.most_steps = 0
+            return draft
+        draft.chunks, draft.admissions, draft.copies = self._prefill.plan(
+            self.config.max_num_batched_tokens - len(decoding),
+            may_preempt=may_preempt,
+            may_admit=self.num_preemptions == num_preemptions,
+        )
+        return draft
+
+    def reserve(self, draft: Draft, max_steps: int) -> None:
+        """Second: how many steps have pages."""
+        if draft.chunks:
+            draft.num_steps = 1
+            return
+        decoding = draft.decoding
+        num_steps = min(max_steps, self.config.loop_steps, draft.most_steps)
         if num_steps > 0:
             num_steps = self._running.reserve_steps(decoding, num_steps, may_preempt=not self._in_flight)
+        somebody_waits = self._waiting.head() is not None
         if num_steps <= 0 or all(sequence.slot is None for sequence in decoding):
+            draft.is_held_up = somebody_waits or bool(decoding or self._running.prefilling())
+        else:
+            draft.num_steps, draft.exit_on_free = num_steps, somebody_waits
+
+    def issue(self, draft: Draft, *, may_end_early: bool) -> Plan | None:
+        """Third: make the plan and count its tokens as pending. may_end_early: some shard leaves on a free slot."""
+        num_steps = draft.num_steps
+        if num_steps == 0:
             return None
-        return self._issue(decoding, num_steps, [], [], [])
-
-    def _plan_prefill(self, budget: int, num_preempted: int) -> tuple[list[Chunk], list[Admission], list[PageCopy]]:
-        """Chunks for at most `budget` tokens: admitted sequences first, in order of admission, then new ones.
-
-        Nobody is admitted when this plan preempted somebody: `num_preemptions` was `num_preempted` before it.
-        """
-        chunks: list[Chunk] = []
-        for sequence in self._running.prefilling():
-            if sequence.slot is None:  # preempted for an earlier one
-                continue
-            if len(chunks) == self._config.max_prefill_seqs:
-                break
-            length = self._chunk_length(sequence.prefill_end - sequence.prefill_planned, budget)
-            if length == 0:
-                break
-            if not self._running.reserve_chunk(sequence, length, chunks, may_preempt=not self._in_flight):
-                continue
-            chunks.append(self._chunk(sequence, length))
-            budget -= length
-        admissions: list[Admission] = []
-        copies: list[PageCopy] = []
-        while self.num_preemptions == num_preempted and len(chunks) < self._config.max_prefill_seqs:
-            admitted = self._admit(budget)
-            if admitted is None:
-                break
-            admission, chunk, page_copies = admitted
-            admissions.append(admission)
-            chunks.append(chunk)
-            copies += page_copies
-            budget -= chunk.length
-        return chunks, admissions, copies
-
-    def _chunk_length(self, num_left: int, budget: int) -> int:
-        """Rows to compute now, 0 for none. Without chunked prefill a prompt waits until it fits the step whole.
-
-        What exceeds even an empty step (a long sequence recomputed after preemption) is split all the same.
-        """
-        if self._config.chunked_prefill or num_left > self._config.max_num_batched_tokens:
-            return max(0, min(num_left, budget))
-        return num_left if num_left <= budget else 0
-
-    def _stop_at_bucket(self, chunks: list[Chunk], *, alone: bool) -> None:
-        """Shorten the last chunk to a bucket's edge where two smaller steps cost less than one padded one.
-
-        A step of 264 tokens would run as one of 512; 256 now and 8 in the next one, with whoever comes by then, is
-        half of that. The pages stay reserved: the next chunk needs them.
-        """
-        last = chunks[-1]
-        total = sum(chunk.length for chunk in chunks)
-        kept = last.length - (
-            total - unpadded(total, self._config.prefill_buckets, LONE_STEP_TOKENS if alone else STEP_TOKENS)
-        )
-        if kept == last.length or kept < 1 or not self._config.chunked_prefill:
-            return
-        last.sequence.prefill_planned -= last.length - kept
-        chunks[-1] = last._replace(length=kept, final=False)
-
-    def _chunk(self, sequence: Sequence, length: int) -> Chunk:
-        assert sequence.slot is not None
-        start = sequence.prefill_planned
-        sequence.prefill_planned += length
-        return Chunk(sequence.slot, sequence, start, length, sequence.prefill_planned == sequence.prefill_end)
-
-    def _admit(self, budget: int) -> tuple[Admission, Chunk, tuple[PageCopy, ...]] | None:
-        """Give the head of the queue a slot, its cached prefix, and a first chunk; None when it must wait."""
-        sequence = self._waiting.head()
-        if sequence is None or budget < 1 or not self._running.has_free_slot:
-            return None
-        admitted = self._running.admit(sequence, lambda num_left: self._chunk_length(num_left, budget))
-        if admitted is None:
-            return None
-        self._waiting.pop()
-        admission, length, copies = admitted
-        return admission, self._chunk(sequence, length), copies
-
-    def _issue(
-        self,
-        decoding: list[Sequence],
-        num_steps: int,
-        chunks: list[Chunk],
-        admissions: list[Admission],
-        copies: list[PageCopy],
-    ) -> Plan:
-        """Make the plan and count its tokens as pending."""
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"{MAX_IN_FLIGHT} calls are in flight; apply one first"
-        exit_on_free = not chunks and self._waiting.head() is not None
-        least_steps = 0 if exit_on_free else num_steps
+        least_steps = 0 if may_end_early else num_steps
         running = []
-        for sequence in decoding:
+        for sequence in draft.decoding:
             if sequence.slot is not None:
                 sequence.most_pending += num_steps
                 sequence.least_pending += least_steps
                 running.append((sequence.slot, sequence))
-        for chunk in chunks:
+        for chunk in draft.chunks:
             if chunk.final:
                 sequence = chunk.sequence
                 sequence.most_pending += 1
@@ -270,13 +233,13 @@ class Scheduler:
                 running.append((chunk.slot, sequence))
         cells, stops, num_slots = self._running.take_edits()
         plan = Plan(
-            chunks=tuple(chunks),
-            admissions=tuple(admissions),
+            chunks=tuple(draft.chunks),
+            admissions=tuple(draft.admissions),
             cells=cells,
-            copies=tuple(copies),
+            copies=tuple(draft.copies),
             stops=stops,
             num_steps=num_steps,
-            exit_on_free=exit_on_free,
+            exit_on_free=may_end_early and draft.exit_on_free,
             running=tuple(running),
             num_slots=num_slots,
             least_steps=least_steps,
@@ -341,10 +304,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self._unpark_siblings(sequence)
-        now_s = self._clock()
-        if self._last_end_s is not None:
-            self._seconds_per_end += 0.1 * (now_s - self._last_end_s - self._seconds_per_end)
-        self._last_end_s = now_s
+        self._arrivals.one_ended()
 
     def _unpark_siblings(self, leader: Sequence) -> None:
         for sibling in leader.siblings:
@@ -371,8 +331,30 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_free_slots(self) -> int:
+        return self._running.num_free_slots
+
+    @property
+    def num_page_returns(self) -> int:
+        """Rises whenever pages became available."""
+        return self._cache.num_returns
+
+    @property
     def num_preemptions(self) -> int:
         return self._running.num_preemptions
+
+    @property
+    def owed_rows(self) -> int:
+        """Rows of waiting and running sequences still to be planned."""
+        return self._waiting.owed_rows + self._running.owed_rows
+
+    def outlook(self, sequence: Sequence) -> tuple[int, bool]:
+        """What a new sequence would find here: rows in the prefix cache, and whether there are pages for the others."""
+        return self._running.outlook(sequence)
+
+    def usage(self) -> tuple[PoolUsage, ...]:
+        """Pages per group, of all context shards."""
+        return self._cache.usage()
 
     @property
     def num_in_flight(self) -> int:
@@ -390,3 +372,4 @@ class Scheduler:
     def check(self) -> None:
         """AssertionError names a slot or page that leaked or has two owners. Any time between calls."""
         self._running.check()
+        self._waiting.check()

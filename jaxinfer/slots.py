@@ -76,7 +76,7 @@ class SlotTable:
         if self._cells:
             self._cells = {key: cell for key, cell in self._cells.items() if key[0] != slot}
         sequence.slot = None
-        sequence.most_pending = sequence.least_pending = 0
+        sequence.most_pending = sequence.least_pending = sequence.prefill_planned = 0
 
     def change_cells(self, sequence: Sequence, cells: Iterable[Cell]) -> None:
         """Page-table cells of a sequence for the next plan; a later change of a cell replaces an earlier one."""

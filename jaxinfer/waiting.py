@@ -34,6 +34,10 @@ class _Heap:
             heapq.heappop(self._entries)
         return self._entries[0][1] if self._entries else None
 
+    def sequences(self) -> list[Sequence]:
+        """All of them, in no order."""
+        return [sequence for seq_id, sequence in self._entries if seq_id in self._live]
+
     def remove(self, sequence: Sequence) -> bool:
         """Take a sequence out; False when it is not here. Only one that was the head may be pushed again."""
         if sequence.seq_id not in self._live:
@@ -62,6 +66,7 @@ class WaitingQueue:
         self._classes = (_Heap(), _Heap())  # by rank
         self._batch = _Heap()  # static, dynamic: taken, and still to be admitted
         self._parked: dict[int, Sequence] = {}  # siblings that wait for their leader's prefill
+        self.owed_rows = 0  # of all who wait: rows to compute
         self._num_passed = 0  # online admissions since a batch sequence could have gone
 
     def __len__(self) -> int:
@@ -69,6 +74,7 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """A new sequence, or one that was preempted (in static and dynamic mode it still belongs to its batch)."""
+        self.owed_rows += len(sequence.tokens) - sequence.prefill_planned
         if sequence.was_admitted and not self._continuous:
             self._batch.push(sequence)
         else:
@@ -76,15 +82,18 @@ class WaitingQueue:
 
     def park(self, sequence: Sequence) -> None:
         """Waiting, but not to be admitted until `unpark`."""
+        self.owed_rows += len(sequence.tokens) - sequence.prefill_planned
         self._parked[sequence.seq_id] = sequence
 
     def unpark(self, sequence: Sequence) -> None:
         """Let a parked sequence queue in its place by arrival; no-op when it was removed."""
         if self._parked.pop(sequence.seq_id, None) is not None:
+            self.owed_rows -= len(sequence.tokens) - sequence.prefill_planned
             self.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A waiting sequence ended."""
+        self.owed_rows -= len(sequence.tokens) - sequence.prefill_planned
         if self._parked.pop(sequence.seq_id, None) is None and not self._batch.remove(sequence):
             removed = self._classes[sequence.rank].remove(sequence)
             assert removed, f"sequence {sequence.seq_id} does not wait"
@@ -99,6 +108,7 @@ class WaitingQueue:
         assert sequence is not None, "nobody waits"
         if not self._continuous:
             self._batch.remove(sequence)
+        self.owed_rows -= len(sequence.tokens) - sequence.prefill_planned
         return sequence
 
     def open_batch(self, now_s: float) -> None:
@@ -136,3 +146,9 @@ class WaitingQueue:
         passes = sequence.rank == 0 and len(self._classes[1]) > 0
         self._num_passed = self._num_passed + 1 if passes else 0
         return sequence
+
+    def check(self) -> None:
+        """AssertionError when `owed_rows` are not those of the sequences that wait."""
+        waiting = [*self._parked.values(), *(s for heap in (*self._classes, self._batch) for s in heap.sequences())]
+        owed_rows = sum(len(sequence.tokens) - sequence.prefill_planned for sequence in waiting)
+        assert owed_rows == self.owed_rows, f"waiting sequences owe {owed_rows} rows, not {self.owed_rows}"

@@ -1,7 +1,7 @@
 """CacheManager: which K/V pages each sequence owns, shares and may reuse.
 
-Hides page pools per group, the prefix tree, copy-on-write, eviction and the return of pages that slid out of a
-window. Rows are K/V rows of a sequence; row i is the token at position i.
+Hides page pools per group and context shard, the prefix tree, copy-on-write, eviction and the return of pages that
+slid out of a window. Rows are K/V rows of a sequence; row i is the token at position i.
 """
 
 from __future__ import annotations
@@ -9,27 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from jaxinfer.cache.pages import PagePool, PoolUsage
+from jaxinfer.cache.pages import Cell, PageCopy, PagePool, PoolUsage
 from jaxinfer.cache.prefix_tree import Node, PrefixTree, encode_tokens
 from jaxinfer.config import PageGroup
-
-
-@dataclass(slots=True, unsafe_hash=True)  # not frozen: that trebles the time to make one, and plans make many
-class Cell:
-    """The sequence's index-th page of that group; page 0: slid out of the window."""
-
-    group: int
-    index: int
-    page: int
-
-
-@dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy-on-write: the target page gets the source page's content before anything is written to it."""
-
-    group: int
-    source: int
-    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +42,49 @@ class CacheManager:
     copies was dispatched. Device calls run in dispatch order, so a page that came back may be handed out at once.
     """
 
-    def __init__(self, groups: Seq[PageGroup], num_pages: Seq[int], page_size: int, *, prefix_caching: bool = True):
-        """num_pages: per group, page 0 (trash) included."""
+    def __init__(
+        self,
+        groups: Seq[PageGroup],
+        num_pages: Seq[int],
+        page_size: int,
+        *,
+        prefix_caching: bool = True,
+        context: int = 1,
+    ):
+        """num_pages: per group, of each context shard, page 0 (trash) included.
+
+        context: the number of context shards. The i-th page of a sequence is on shard `i % context`, under a number
+        that counts in that shard's pool alone.
+        """
         if len(groups) != len(num_pages) or not groups or min(num_pages) < 2:
             raise ValueError(f"num_pages={tuple(num_pages)} must give at least 2 pages to each of {len(groups)} groups")
+        if context < 1:
+            raise ValueError(f"context={context} must be at least 1")
         self.page_size = page_size
         self.windows = tuple(group.window for group in groups)
         self.prefix_caching = prefix_caching
-        self._pools = [PagePool(group, count, self._evict) for group, count in enumerate(num_pages)]
+        self.context = context
+        self._pools = [  # by context shard, then by group
+            [
+                PagePool(f"group {group}" + (f" shard {shard}" if context > 1 else ""), group, count, self._evict)
+                for group, count in enumerate(num_pages)
+            ]
+            for shard in range(context)
+        ]
+        self._every_pool = [pool for pools in self._pools for pool in pools]
         self._windowed = [group for group, window in enumerate(self.windows) if window is not None]
         self._clear()
 
     def _clear(self) -> None:
         self._tree = PrefixTree(self.windows, self.page_size, self._forget_page)
         self._holdings: dict[int, _Holding] = {}
-        self._pins: list[tuple[int, int, int]] = []  # (sequence, group, page) of copy sources
+        self._pins: list[tuple[int, int, int, int]] = []  # (sequence, shard, group, page) of copy sources
 
     def _evict(self, node: Node, group: int) -> None:
         self._tree.drop_page(node, group)
 
-    def _forget_page(self, group: int, page: int) -> None:
-        self._pools[group].forget(page)
+    def _forget_page(self, node: Node, group: int, page: int) -> None:
+        self._pools[node.index % self.context][group].forget(page)
 
     def acquire(self, seq_id: int, tokens: Seq[int], *, salt: str = "", most_rows: int | None = None) -> Acquired:
         """Register a sequence and give it the longest cached prefix of its tokens, at most len(tokens) - 1 rows.
@@ -89,7 +93,7 @@ class CacheManager:
         Full pages are shared. The page in which the match ends is copied, unless the pool has no page for the copy.
         """
         assert seq_id not in self._holdings, f"sequence {seq_id} is registered already"
-        num_groups = len(self._pools)
+        num_groups = len(self.windows)
         if not self.prefix_caching:
             self._holdings[seq_id] = _Holding([[] for _ in range(num_groups)], [0] * num_groups, 0, None)
             return Acquired(0, (), ())
@@ -99,11 +103,11 @@ class CacheManager:
         tip = match.path[-1] if match.path else match.root
         tip.num_tips += 1
         holding = _Holding([], [0] * num_groups, num_full, tip)
-        for group, pool in enumerate(self._pools):
+        for group in range(num_groups):
             num_slid = holding.num_slid[group] = self._num_slid(group, num_full * self.page_size)
             table = [0] * num_slid
             for node in match.path[num_slid:]:
-                pool.reference(node.pages[group])
+                self._pools[node.index % self.context][group].reference(node.pages[group])
                 table.append(node.pages[group])
             holding.tables.append(table)
         copies = () if match.partial is None else self._copy_page(seq_id, match.partial, holding.tables)
@@ -126,30 +130,34 @@ class CacheManager:
             first, num_slid = holding.num_slid[group], self._num_slid(group, num_rows)
             if num_slid > first:
                 holding.num_slid[group] = num_slid
-                table, pool = holding.tables[group], self._pools[group]
+                table = holding.tables[group]
                 for index in range(first, num_slid):
-                    pool.unreference(table[index])
+                    self._pools[index % self.context][group].unreference(table[index])
                     table[index] = 0
                     cells.append(Cell(group, index, 0))
         return cells
 
     def _copy_page(self, seq_id: int, node: Node, tables: list[list[int]]) -> tuple[PageCopy, ...]:
         """Append to each table a page that will be a copy of the node's; nothing when a pool has none left."""
-        for pool, source in zip(self._pools, node.pages, strict=True):
+        shard = node.index % self.context
+        pools = self._pools[shard]
+        for pool, source in zip(pools, node.pages, strict=True):
             pool.reference(source)
-        pins = [(seq_id, group, page) for group, page in enumerate(node.pages)]
-        if any(pool.num_available == 0 for pool in self._pools):
+        pins = [(seq_id, shard, group, page) for group, page in enumerate(node.pages)]
+        if any(pool.num_available == 0 for pool in pools):
             self._unpin(pins)
             return ()
         self._pins += pins
-        copies = tuple(PageCopy(group, source, self._pools[group].take()) for _, group, source in pins)
+        copies = tuple(
+            PageCopy(pool.group, source, pool.take(), shard) for pool, source in zip(pools, node.pages, strict=True)
+        )
         for copy in copies:
             tables[copy.group].append(copy.target)
         return copies
 
-    def _unpin(self, pins: list[tuple[int, int, int]]) -> None:
-        for _, group, page in pins:
-            self._pools[group].unreference(page)
+    def _unpin(self, pins: list[tuple[int, int, int, int]]) -> None:
+        for _, shard, group, page in pins:
+            self._pools[shard][group].unreference(page)
 
     def end_copies(self) -> None:
         """The copies handed out so far were dispatched: their source pages may be evicted again."""
@@ -160,36 +168,57 @@ class CacheManager:
     def extend(self, seq_id: int, num_rows: int) -> list[Cell] | None:
         """Pages for rows < num_rows: the new cells, or None (and nothing changed) when a pool cannot give them."""
         tables = self._holdings[seq_id].tables
-        num_needed = -(-num_rows // self.page_size)
-        for pool, table in zip(self._pools, tables):  # noqa: B905 (equal by construction, and this is called often)
-            num_missing = num_needed - len(table)
-            if num_missing > len(pool.free) and num_missing > pool.num_available:
-                return None
+        first, end = len(tables[0]), -(-num_rows // self.page_size)
+        for shard, num_pages in self._per_shard(first, end):
+            for pool in self._pools[shard]:
+                if num_pages > len(pool.free) and num_pages > pool.num_available:
+                    return None
         cells = []
-        for pool, table in zip(self._pools, tables):  # noqa: B905
-            for index in range(len(table), num_needed):
+        for index in range(first, end):
+            for pool, table in zip(self._pools[index % self.context], tables):  # noqa: B905 (equal, and called often)
                 page = pool.take()
                 table.append(page)
                 cells.append(Cell(pool.group, index, page))
         return cells
 
+    def _per_shard(self, first: int, end: int) -> list[tuple[int, int]]:
+        """(context shard, how many of a sequence's pages [first, end) are there), where there are any."""
+        if self.context == 1:
+            return [(0, end - first)]
+        return [
+            ((first + offset) % self.context, -(-(end - first - offset) // self.context))
+            for offset in range(min(self.context, end - first))
+        ]
+
     def page_rows(self, seq_id: int) -> int:
         """Rows that the sequence's pages can hold."""
         return len(self._holdings[seq_id].tables[0]) * self.page_size
 
-    def fits(self, seq_id: int, num_rows: int, *, rows_ahead: int, spare_pages: int) -> bool:
-        """Whether `extend(seq_id, num_rows)` would leave `spare_pages` in every pool.
+    def fits(self, num_rows: int, *, held_rows: int, rows_ahead: int, spare_pages: int) -> bool:
+        """Whether there are pages for a sequence's rows [held_rows, num_rows) and `spare_pages` beside them.
 
-        A windowed group is charged for its window and `rows_ahead` rows, since pages come back as the window moves.
+        held_rows: those that its pages, or cached ones it may use, hold. A windowed group is charged for its window
+        and `rows_ahead` rows, since pages come back as the window moves. Spare pages are even over context shards.
         """
-        holding = self._holdings[seq_id]
-        for pool, table, window in zip(self._pools, holding.tables, self.windows, strict=True):
-            num_needed = -(-num_rows // self.page_size) - len(table)
+        first, end = held_rows // self.page_size, -(-num_rows // self.page_size)
+        spare_per_shard = -(-spare_pages // self.context)
+        for group, window in enumerate(self.windows):
+            num_pages = end - first
             if window is not None:
-                num_needed = min(num_needed, (window + rows_ahead) // self.page_size + 2)
-            if num_needed + spare_pages > pool.num_available:
-                return False
+                num_pages = min(num_pages, (window + rows_ahead) // self.page_size + 2)
+            for offset in range(self.context):
+                pool = self._pools[(first + offset) % self.context][group]
+                if -(-(num_pages - offset) // self.context) + spare_per_shard > pool.num_available:
+                    return False
         return True
+
+    def num_cached_rows(self, tokens: Seq[int], *, salt: str = "") -> int:
+        """Rows that `acquire` would find cached now. Registers nothing."""
+        if not self.prefix_caching:
+            return 0
+        match = self._tree.match(encode_tokens(tokens[:-1]), salt)
+        self._tree.prune(match.root)
+        return len(match.path) * self.page_size + match.partial_rows
 
     def commit(self, seq_id: int, tokens: Seq[int], num_rows: int) -> list[Cell]:
         """Rows < num_rows are known to be written (by applied calls), with these tokens.
@@ -221,7 +250,7 @@ class CacheManager:
         pages = [table[index] for table in holding.tables]
         node, is_new = self._tree.child(tip, self._tree.encode_page(page_tokens), pages)
         if is_new:
-            for pool, page in zip(self._pools, pages, strict=True):
+            for pool, page in zip(self._pools[index % self.context], pages, strict=True):
                 if page:
                     pool.nodes[page] = node
         else:
@@ -232,8 +261,9 @@ class CacheManager:
 
     def _merge_page(self, holding: _Holding, index: int, node: Node, cells: list[Cell]) -> None:
         """Another sequence computed the same page: keep one of the two in each group."""
-        for group, table in enumerate(holding.tables):
-            page, held, pool = table[index], node.pages[group], self._pools[group]
+        for pool, table in zip(self._pools[index % self.context], holding.tables, strict=True):
+            group = pool.group
+            page, held = table[index], node.pages[group]
             if page == 0 or page == held:
                 continue
             if held == 0:
@@ -248,10 +278,9 @@ class CacheManager:
     def release(self, seq_id: int) -> None:
         """The sequence is over. Its pages in the tree stay cached, the others are free."""
         holding = self._holdings.pop(seq_id)
-        for pool, table in zip(self._pools, holding.tables, strict=True):
-            for page in reversed(table):  # the end of a chain is evicted before its beginning
-                if page:
-                    pool.unreference(page)
+        for group, table in enumerate(holding.tables):
+            for index in range(len(table) - 1, holding.num_slid[group] - 1, -1):  # the end of a chain is evicted first
+                self._pools[index % self.context][group].unreference(table[index])
         if holding.tip is not None:
             holding.tip.num_tips -= 1
             self._tree.prune(holding.tip)
@@ -273,18 +302,22 @@ class CacheManager:
 
     def reset(self) -> None:
         """The device lost its pages: forget every sequence and all cached content."""
-        for pool in self._pools:
+        for pool in self._every_pool:
             pool.clear()
         self._clear()
 
     @property
     def num_returns(self) -> int:
         """Rises whenever pages became available: a failed `extend` is worth another try."""
-        return sum(pool.num_returns for pool in self._pools)
+        return sum(pool.num_returns for pool in self._every_pool)
 
     def usage(self) -> tuple[PoolUsage, ...]:
-        """Per group: total, free, used and cached pages."""
-        return tuple(pool.usage() for pool in self._pools)
+        """Per group: total, free, used and cached pages, of all context shards."""
+        return PoolUsage.add(self.shard_usage())
+
+    def shard_usage(self) -> tuple[tuple[PoolUsage, ...], ...]:
+        """The same per context shard and group."""
+        return tuple(tuple(pool.usage() for pool in pools) for pools in self._pools)
 
     @property
     def num_sequences(self) -> int:
@@ -293,26 +326,29 @@ class CacheManager:
     def check(self) -> None:
         """Every page is exactly one of free, used, cached; references are right. AssertionError names the page."""
         self._tree.check()
-        references = [[0] * pool.num_pages for pool in self._pools]
-        for _, group, page in self._pins:
-            references[group][page] += 1
+        references = [[[0] * pool.num_pages for pool in pools] for pools in self._pools]
+        for _, shard, group, page in self._pins:
+            references[shard][group][page] += 1
         tips: dict[Node, int] = {}
         for holding in self._holdings.values():
             for group, table in enumerate(holding.tables):
-                for page in table:
+                for index, page in enumerate(table):
                     if page:
-                        references[group][page] += 1
+                        references[index % self.context][group][page] += 1
             if holding.tip is not None:
                 tips[holding.tip] = tips.get(holding.tip, 0) + 1
-        nodes: list[list[Node | None]] = [[None] * pool.num_pages for pool in self._pools]
+        nodes: list[list[list[Node | None]]] = [[[None] * pool.num_pages for pool in pools] for pools in self._pools]
         for node in self._tree.nodes():
             assert node.num_tips == tips.get(node, 0), f"prefix node {node.key.hex()[:12]}: {node.num_tips} tips"
+            shard = node.index % self.context
             for group, page in enumerate(node.pages):
                 if page:
-                    assert nodes[group][page] is None, f"group {group} page {page} is in two prefix nodes"
-                    nodes[group][page] = node
-        for group, pool in enumerate(self._pools):
-            pool.check(references[group], nodes[group])
+                    where = f"{self._pools[shard][group].name} page {page}"
+                    assert nodes[shard][group][page] is None, f"{where} is in two prefix nodes"
+                    nodes[shard][group][page] = node
+        for shard, pools in enumerate(self._pools):
+            for group, pool in enumerate(pools):
+                pool.check(references[shard][group], nodes[shard][group])
         for seq_id, holding in self._holdings.items():
             self._check_holding(seq_id, holding)
 
@@ -320,9 +356,9 @@ class CacheManager:
         for group, table in enumerate(holding.tables):
             num_slid = holding.num_slid[group]
             for index, page in enumerate(table):
-                where = f"group {group} page {page} (sequence {seq_id}, index {index})"
+                pool = self._pools[index % self.context][group]
+                where = f"{pool.name} page {page} (sequence {seq_id}, index {index})"
                 assert (page == 0) == (index < num_slid), f"{where}: slid-out cells are the first {num_slid}"
                 if page and index >= holding.num_committed:
-                    pool = self._pools[group]
                     alone = pool.references[page] == 1 and pool.nodes[page] is None
                     assert alone, f"{where}: shared, yet still written"

@@ -20,11 +20,12 @@ BYTES_PER_TOKEN = 4
 class Node:
     """One full page of tokens after its parent's. `pages[group]` is 0 where that group's page is gone."""
 
-    __slots__ = ("alive", "children", "key", "num_tips", "pages", "parent", "tokens")
+    __slots__ = ("alive", "children", "index", "key", "num_tips", "pages", "parent", "tokens")
 
     def __init__(self, key: bytes, parent: Node | None, tokens: bytes, pages: list[int]):
         self.key = key
         self.parent = parent
+        self.index: int = -1 if parent is None else parent.index + 1  # its page is the index-th of a sequence
         self.tokens = tokens
         self.pages = pages
         self.children: list[Node] = []  # sorted by tokens: neighbours share the longest prefix
@@ -47,8 +48,8 @@ class Match(NamedTuple):
 class PrefixTree:
     """windows: per page group, the tokens a query sees (None = all)."""
 
-    def __init__(self, windows: Seq[int | None], page_size: int, forget_page: Callable[[int, int], None]):
-        """`forget_page(group, page)` is called for every page the tree lets go of."""
+    def __init__(self, windows: Seq[int | None], page_size: int, forget_page: Callable[[Node, int, int], None]):
+        """`forget_page(node, group, page)` is called for every page the tree lets go of."""
         self._windows = tuple(windows)
         self._unwindowed = tuple(group for group, window in enumerate(windows) if window is None)
         self._windowed = tuple((group, window) for group, window in enumerate(windows) if window is not None)
@@ -135,7 +136,7 @@ class PrefixTree:
             self.remove(node)
             return
         page, node.pages[group] = node.pages[group], 0
-        self._forget_page(group, page)
+        self._forget_page(node, group, page)
         self.prune(node)
 
     def remove(self, node: Node) -> None:
@@ -151,7 +152,7 @@ class PrefixTree:
             for group, page in enumerate(gone.pages):
                 if page:
                     gone.pages[group] = 0
-                    self._forget_page(group, page)
+                    self._forget_page(gone, group, page)
         if parent is not None:
             self.prune(parent)
 
@@ -184,6 +185,7 @@ class PrefixTree:
             assert order == sorted(set(order)), f"{where}: order of children"
             for child in node.children:
                 assert child.parent is node and self._nodes.get(child.key) is child, f"{where}: a child not filed"
+                assert child.index == node.index + 1, f"{where}: a child's depth"
                 assert child.key == hashlib.sha256(key + child.tokens).digest(), f"{where}: a child's key"
             if node.parent is not None:
                 assert node in node.parent.children, f"{where}: not its parent's child"

@@ -26,7 +26,7 @@ def groups_of(*windows: int | None) -> list[PageGroup]:
     return [PageGroup(window, KVShape(1, 2), (index,)) for index, window in enumerate(windows)]
 
 
-def manager(*windows: int | None, num_pages: int = 64, **options: bool) -> CacheManager:
+def manager(*windows: int | None, num_pages: int = 64, **options: int) -> CacheManager:
     return CacheManager(groups_of(*windows), [num_pages] * len(windows), PAGE_SIZE, **options)
 
 
@@ -67,15 +67,19 @@ class CacheMachine(RuleBasedStateMachine):
     """Plans (acquire, extend) are dispatched later, copies first; commits come later still, as in the engine."""
 
     windows: tuple[int | None, ...] = (None,)
+    context = 1
 
     @initialize(data=st.data(), prefix_caching=st.sampled_from([True, True, True, False]))
     def start(self, data: st.DataObject, prefix_caching: bool) -> None:
-        num_pages = [data.draw(st.integers(4, 24)) for _ in self.windows]
-        self.cache = CacheManager(groups_of(*self.windows), num_pages, PAGE_SIZE, prefix_caching=prefix_caching)
-        self.content: list[dict[tuple[int, int], int]] = [{} for _ in self.windows]  # (page, offset) -> prefix hash
+        num_pages = [data.draw(st.integers(4, 24)) // self.context + 1 for _ in self.windows]
+        self.cache = CacheManager(
+            groups_of(*self.windows), num_pages, PAGE_SIZE, prefix_caching=prefix_caching, context=self.context
+        )
+        # per group: (context shard, page, offset) -> prefix hash
+        self.content: list[dict[tuple[int, int, int], int]] = [{} for _ in self.windows]
         self.running: dict[int, Running] = {}
         self.copies: list = []
-        self.handed_out: set[tuple[int, int]] = set()  # pages that the pending plan may write
+        self.handed_out: set[tuple[int, int, int]] = set()  # pages that the pending plan may write
         self.next_id = 0
 
     def _apply(self, sequence: Running, cells: list[Cell] | tuple[Cell, ...]) -> None:
@@ -94,8 +98,8 @@ class CacheMachine(RuleBasedStateMachine):
         sequence.hashes = prefix_hashes(tokens, salt)
         self._apply(sequence, acquired.cells)
         self.copies += acquired.copies
-        self.handed_out |= {(copy.group, copy.target) for copy in acquired.copies}
-        sources = {(copy.group, copy.source) for copy in self.copies}
+        self.handed_out |= {(copy.group, copy.shard, copy.target) for copy in acquired.copies}
+        sources = {(copy.group, copy.shard, copy.source) for copy in self.copies}
         assert not sources & self.handed_out, "a page is copied from and written in one plan"
         self.running[seq_id] = sequence
 
@@ -104,7 +108,9 @@ class CacheMachine(RuleBasedStateMachine):
     def acquire_again_and_cancel(self, data: st.DataObject) -> None:
         sequence = self.running[data.draw(st.sampled_from(sorted(self.running)))]
         before = self.cache.usage()
-        self.cache.acquire(10**6, sequence.tokens, salt=sequence.salt)
+        foreseen = self.cache.num_cached_rows(sequence.tokens, salt=sequence.salt)
+        found = self.cache.acquire(10**6, sequence.tokens, salt=sequence.salt).num_cached_tokens
+        assert foreseen == found or foreseen > found == foreseen // PAGE_SIZE * PAGE_SIZE, "no page for a copy at most"
         self.cache.cancel(10**6)
         after = self.cache.usage()
         assert [usage.used for usage in before] == [usage.used for usage in after]
@@ -119,13 +125,16 @@ class CacheMachine(RuleBasedStateMachine):
         cells = self.cache.extend(seq_id, target)
         if cells is None:
             assert self.cache.usage() == before, "a refused extend changed something"
-            needed = [-(-target // PAGE_SIZE) - len(table) for table in sequence.tables]
-            available = [usage.free + usage.cached for usage in before]
-            assert any(n > a for n, a in zip(needed, available, strict=True)), "refused although pages are there"
+            assert any(
+                sum(index % self.context == shard for index in range(len(table), -(-target // PAGE_SIZE)))
+                > usage.free + usage.cached
+                for shard, usages in enumerate(self.cache.shard_usage())
+                for table, usage in zip(sequence.tables, usages, strict=True)
+            ), "refused although pages are there"
             return
-        new = {(cell.group, cell.page) for cell in cells}
+        new = {(cell.group, cell.index % self.context, cell.page) for cell in cells}
         assert len(new) == len(cells) and all(cell.page != 0 for cell in cells)
-        assert not new & {(copy.group, copy.source) for copy in self.copies}, "a copy source was handed out"
+        assert not new & {(copy.group, copy.shard, copy.source) for copy in self.copies}, "a copy source was handed out"
         self.handed_out |= new
         self._apply(sequence, cells)
         sequence.planned = target
@@ -136,8 +145,8 @@ class CacheMachine(RuleBasedStateMachine):
         """The device runs what was planned: copies, then every sequence's new rows, each reading all it sees."""
         for copy in self.copies:
             for offset in range(PAGE_SIZE):
-                source = self.content[copy.group].get((copy.source, offset))
-                self.content[copy.group][copy.target, offset] = -1 if source is None else source
+                source = self.content[copy.group].get((copy.shard, copy.source, offset))
+                self.content[copy.group][copy.shard, copy.target, offset] = -1 if source is None else source
         self.copies, self.handed_out = [], set()
         self.cache.end_copies()
         for sequence in self.running.values():
@@ -152,12 +161,17 @@ class CacheMachine(RuleBasedStateMachine):
         for group, window in enumerate(self.windows):
             table, content = sequence.tables[group], self.content[group]
             assert table.get(row // PAGE_SIZE), f"group {group}: row {row} has no page"
-            content[table[row // PAGE_SIZE], row % PAGE_SIZE] = sequence.hashes[row]
+            content[self._place(table, row)] = sequence.hashes[row]
             for seen in range(0 if window is None else max(0, row - window + 1), row + 1):
                 page = table.get(seen // PAGE_SIZE, 0)
                 assert page, f"group {group}: a query at {row} needs row {seen}, whose page is gone"
-                held = content.get((page, seen % PAGE_SIZE))
+                held = content.get(self._place(table, seen))
                 assert held == sequence.hashes[seen], f"group {group}: row {seen} is foreign"
+
+    def _place(self, table: dict[int, int], row: int) -> tuple[int, int, int]:
+        """Context shard, page and offset of a row: page i of a sequence lies on shard i % context."""
+        index = row // PAGE_SIZE
+        return index % self.context, table[index], row % PAGE_SIZE
 
     @rule(data=st.data())
     @precondition(lambda self: any(s.num_written > s.num_committed for s in self.running.values()))
@@ -208,13 +222,17 @@ class CacheMachine(RuleBasedStateMachine):
         assert all(usage.used == 0 for usage in self.cache.usage()), "pages are used although nobody runs"
 
 
+@pytest.mark.parametrize("context", [1, 2, 3])
 @pytest.mark.parametrize("windows", [(None,), (6,), (None, 5), (7, 1), (None, 9, 4)], ids=str)
-def test_random_operations_keep_every_row(windows: tuple[int | None, ...]) -> None:
-    machine = type("Machine", (CacheMachine,), {"windows": windows})
+def test_random_operations_keep_every_row(windows: tuple[int | None, ...], context: int) -> None:
+    machine = type("Machine", (CacheMachine,), {"windows": windows, "context": context})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=40 if context == 1 else 15,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )
 
@@ -434,4 +452,92 @@ def test_check_names_a_leaked_page() -> None:
     cache.extend(0, 5)
     cache._holdings[0].tables[0].pop()
     with pytest.raises(AssertionError, match="group 0 page 2"):
+        cache.check()
+
+
+# ---- context shards ---------------------------------------------------------------------------------------------
+
+
+def used_pages(cache: CacheManager) -> list[tuple[int, ...]]:
+    """Per context shard, the used pages of each group."""
+    return [tuple(usage.used for usage in usages) for usages in cache.shard_usage()]
+
+
+def test_page_i_of_a_sequence_is_on_shard_i_modulo_context() -> None:
+    cache = manager(None, 5, num_pages=5, context=3)
+    cache.acquire(0, [1] * 29)
+    cells = cache.extend(0, 29)  # pages 0 to 7
+    assert cells is not None and [cell.index for cell in cells] == [index for index in range(8) for _ in range(2)]
+    assert used_pages(cache) == [(3, 3), (3, 3), (2, 2)]
+    assert [cell.page for cell in cells if cell.group == 0] == [1, 1, 1, 2, 2, 2, 3, 3], "numbers are local to a shard"
+    assert cache.usage()[0] == (12, 4, 8, 0)
+    cache.commit(0, [1] * 29, 28)  # of the windowed group, pages 0 to 5 slid out
+    assert used_pages(cache) == [(3, 1), (3, 1), (2, 0)]
+    cache.check()
+
+
+def test_a_prompt_longer_than_one_shards_pool_fits_all_together() -> None:
+    cache = manager(None, num_pages=1 + 3, context=4)
+    tokens = list(range(48))
+    assert run_through(cache, 0, tokens) == 0
+    assert cache.usage()[0] == (12, 0, 0, 12)
+    assert run_through(cache, 1, [*tokens[:40], *tokens[:4]]) == 40
+    cache.acquire(2, tokens)
+    assert cache.extend(2, 49) is None, "shard 0 would need a fourth page"
+
+
+def test_a_copy_stays_on_its_shard() -> None:
+    cache = manager(None, num_pages=8, context=2)
+    run_through(cache, 0, list(range(12)))
+    for num_shared, shard in ((6, 1), (9, 0)):
+        (copy,) = cache.acquire(num_shared, [*range(num_shared), 99]).copies
+        assert copy.shard == shard
+    cache.check()
+    # shard 0: page 0, page 2 (copied from) and its copy; shard 1: page 1 (shared, and copied from) and its copy
+    assert used_pages(cache) == [(3,), (2,)]
+
+
+def test_a_page_is_evicted_where_one_is_needed_and_what_follows_it_goes_too() -> None:
+    cache = manager(None, num_pages=1 + 2, context=2)
+    run_through(cache, 0, [1] * 16)  # two pages on each shard
+    cache.acquire(1, [2] * 4)
+    assert cache.extend(1, 4) is not None  # takes page 2's place on shard 0; page 3 on shard 1 cannot be found any more
+    cache.check()
+    assert cache.shard_usage() == (((2, 0, 1, 1),), ((2, 1, 0, 1),))
+    assert cache.num_cached_rows([1] * 16) == 8
+
+
+def test_room_is_counted_on_every_shard() -> None:
+    cache = manager(None, num_pages=1 + 3, context=2)
+    cache.acquire(0, [1] * 5)
+    cache.extend(0, 5)  # a page on each shard, so two are left
+    assert cache.fits(24, held_rows=8, rows_ahead=0, spare_pages=0)
+    assert not cache.fits(25, held_rows=8, rows_ahead=0, spare_pages=0), "shard 0 lacks a page"
+    assert cache.fits(16, held_rows=8, rows_ahead=0, spare_pages=2)
+    assert not cache.fits(16, held_rows=8, rows_ahead=0, spare_pages=3)
+    assert not cache.fits(24, held_rows=8, rows_ahead=0, spare_pages=1)
+
+
+def test_looking_for_a_prefix_leaves_nothing_behind() -> None:
+    cache = manager(None)
+    assert cache.num_cached_rows([1] * 9, salt="nobody's") == 0
+    cache.check()
+    run_through(cache, 0, [1] * 12)
+    assert cache.num_cached_rows([1] * 12) == 11
+    assert cache.num_cached_rows([1] * 12, salt="nobody's") == 0
+    assert manager(None, prefix_caching=False).num_cached_rows([1] * 12) == 0
+    cache.check()
+
+
+def test_there_is_at_least_one_context_shard() -> None:
+    with pytest.raises(ValueError, match="context=0"):
+        manager(None, context=0)
+
+
+def test_check_names_the_shard_of_a_leaked_page() -> None:
+    cache = manager(None, context=2)
+    cache.acquire(0, [1] * 5)
+    cache.extend(0, 5)
+    cache._holdings[0].tables[0].pop()
+    with pytest.raises(AssertionError, match="group 0 shard 1 page 1"):
         cache.check()

@@ -7,9 +7,9 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_sim import Driver, least_pages, make_request
+from scheduler_sim import Driver, least_pages, make_request, run_call
 
-from jaxinfer import scheduler
+from jaxinfer import prefill
 from jaxinfer.config import BATCHING, EngineConfig
 from jaxinfer.request import FinishReason, Priority, QueueFullError, Request, RequestError, SamplingParams
 from jaxinfer.rope import LengthRule
@@ -70,8 +70,8 @@ def test_random_schedules_give_every_request_its_tokens(
     chunked_prefill: bool,
     rule: LengthRule | None,
 ) -> None:
-    monkeypatch.setattr(scheduler, "STEP_TOKENS", step_cost)
-    monkeypatch.setattr(scheduler, "LONE_STEP_TOKENS", step_cost)
+    monkeypatch.setattr(prefill, "STEP_TOKENS", step_cost)
+    monkeypatch.setattr(prefill, "LONE_STEP_TOKENS", step_cost)
     rng = random.Random(seed)
     driver = driver_of(
         windows,
@@ -240,7 +240,7 @@ def test_a_long_prompt_is_chunked_and_decoding_goes_on_beside_it() -> None:
 def test_a_step_stops_at_a_bucket_where_that_saves_more_than_a_step(
     num_tokens: int, step_tokens: int, now: int
 ) -> None:
-    assert scheduler.unpadded(num_tokens, (32, 64, 128, 256, 512), step_tokens) == now
+    assert prefill.unpadded(num_tokens, (32, 64, 128, 256, 512), step_tokens) == now
 
 
 def test_the_last_chunk_of_a_step_is_cut_at_a_bucket() -> None:
@@ -459,6 +459,8 @@ def test_after_a_lost_device_everything_is_recomputed(batching: str) -> None:
             driver.reset()
             driver.scheduler.check()
             assert driver.scheduler.num_running == 0
+            lost = [sequence for sequence in driver.sequences if sequence.finish_reason is None]
+            assert driver.scheduler.owed_rows == sum(len(sequence.tokens) for sequence in lost)
     driver.drain(200)
     driver.check_answers()
 
@@ -475,7 +477,7 @@ def test_results_must_come_in_order_and_calls_do_not_pile_up() -> None:
     with pytest.raises(AssertionError, match="in flight"):
         scheduler.plan(max_steps=2)
     with pytest.raises(AssertionError, match="order"):
-        scheduler.apply(plans[1], driver.device.run(plans[0]))
+        scheduler.apply(plans[1], run_call(driver.devices, (plans[0],))[0])
 
 
 def test_a_replayed_batch_does_not_wait_for_company() -> None:

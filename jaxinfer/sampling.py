@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinfer.logprobs import best_logprobs, log_normalizers
 from jaxinfer.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
-from jaxinfer.truncation import group_sums, group_width, masked_weights, top_k_threshold, top_p_threshold
-from pallas_kernels.reductions import in_lanes, row_sums
+from jaxinfer.truncation import group_width, masked_weights, top_k_threshold, top_p_threshold, vocabulary_group_sums
+from sharding.vocabulary import UNUSED_ID, Vocabulary
 
-UNUSED_ID = 2**31 - 1  # past any vocabulary: scatters drop it
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTS = ("top_k", "min_tokens", "num_bias", "wants_logprobs", "top_logprobs", "restricted")
 _BIAS_IDS = len(_FLOATS) + len(_INTS) + 2  # the seed takes two words
@@ -56,8 +56,8 @@ class SamplingArrays:
 class TokenCounts:
     """Which tokens a slot's sequence holds, for the penalties. Rows of slots without penalties may be stale."""
 
-    in_prompt: jax.Array  # bool[slots, vocab]
-    in_output: jax.Array  # i32[slots, vocab]; times generated
+    in_prompt: jax.Array  # bool[slots, columns]
+    in_output: jax.Array  # i32[slots, columns]; times generated
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -129,20 +129,28 @@ def uses_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def empty_counts(num_slots: int, vocab_size: int) -> TokenCounts:
-    """Counts for `num_slots` slots that hold nothing."""
-    return TokenCounts(jnp.zeros((num_slots, vocab_size), bool), jnp.zeros((num_slots, vocab_size), jnp.int32))
+def empty_counts(num_slots: int, num_columns: int) -> TokenCounts:
+    """Counts for `num_slots` slots that hold nothing; `num_columns` of the vocabulary are on this device."""
+    return TokenCounts(jnp.zeros((num_slots, num_columns), bool), jnp.zeros((num_slots, num_columns), jnp.int32))
 
 
-def update_counts(counts: TokenCounts, tokens: jax.Array, active: jax.Array) -> TokenCounts:
+def update_counts(
+    counts: TokenCounts, tokens: jax.Array, active: jax.Array, vocabulary: Vocabulary | None = None
+) -> TokenCounts:
     """Count the generated tokens i32[slots] of the slots that are active bool[slots]. In place when donated."""
+    vocabulary = vocabulary or Vocabulary(counts.in_output.shape[1])
     ids = jnp.where(active & (tokens >= 0), tokens, UNUSED_ID)
     rows = jnp.arange(tokens.shape[0])
-    return TokenCounts(counts.in_prompt, counts.in_output.at[rows, ids].add(1, mode="drop"))
+    return TokenCounts(counts.in_prompt, counts.in_output.at[rows, vocabulary.columns(ids)].add(1, mode="drop"))
 
 
 def reset_counts(
-    counts: TokenCounts, slots: jax.Array, history: jax.Array, num_prompt: jax.Array, num_tokens: jax.Array
+    counts: TokenCounts,
+    slots: jax.Array,
+    history: jax.Array,
+    num_prompt: jax.Array,
+    num_tokens: jax.Array,
+    vocabulary: Vocabulary | None = None,
 ) -> TokenCounts:
     """Count anew the sequences that enter slots.
 
@@ -150,7 +158,8 @@ def reset_counts(
     history i32[rows, max_len] holds num_tokens i32[rows] tokens; the first num_prompt i32[rows] are the prompt.
     Time grows with the longest history counted, not with max_len.
     """
-    num_slots = counts.in_output.shape[0]
+    num_slots, num_columns = counts.in_output.shape
+    columns = (vocabulary or Vocabulary(num_columns)).columns
     valid = (slots >= 0) & (slots < num_slots)
     targets = jnp.where(valid, slots, UNUSED_ID)
     rows, max_len = history.shape
@@ -173,8 +182,8 @@ def reset_counts(
         prompt_ids = jnp.where(fresh & in_prompt, ids, UNUSED_ID)
         output_ids = jnp.where(fresh & ~in_prompt, ids, UNUSED_ID)
         return TokenCounts(
-            counts.in_prompt.at[targets[:, None], prompt_ids].set(True, mode="drop"),
-            counts.in_output.at[targets[:, None], output_ids].add(1, mode="drop"),
+            counts.in_prompt.at[targets[:, None], columns(prompt_ids)].set(True, mode="drop"),
+            counts.in_output.at[targets[:, None], columns(output_ids)].add(1, mode="drop"),
         )
 
     counts = lax.fori_loop(0, jnp.where(jnp.any(valid), rows, 0), clear, counts)
@@ -191,15 +200,19 @@ def sample(
     positions: jax.Array,
     num_generated: jax.Array,
     active: jax.Array,
+    vocabulary: Vocabulary | None = None,
 ) -> SampleResult:
     """Choose one token per slot (traced).
 
-    logits [slots, vocab] of any float dtype; allowed u32[slots, ceil(vocab/32)] as allowed_words() makes it;
+    logits [slots, local] of any float dtype: this device's columns of `vocabulary` (default: all of it), as are those
+    of counts. All else is the same on every device: allowed u32[slots, ceil(size/32)] as allowed_words() makes it;
     stop_ids i32[slots, n] (negative = unused) are held back while num_generated i32[slots] < min_tokens;
     positions i32[slots] of the tokens being chosen: with the seed they fix the draw. Rows that are not
     active bool[slots] get some token and switch no feature on. counts may have more rows than there are slots
     (pass it whole: a slice would be copied at every step).
     """
+    vocabulary = vocabulary or Vocabulary(logits.shape[1])
+    assert logits.shape[1] == vocabulary.local, (logits.shape, vocabulary)
     held = active & (num_generated < arrays.min_tokens)
     penalized = (
         (arrays.repetition_penalty != 1) | (arrays.presence_penalty != 0) | (arrays.frequency_penalty != 0)
@@ -207,12 +220,12 @@ def sample(
     restricted = active & (arrays.restricted != 0)
     num_bias = jnp.where(active, arrays.num_bias, 0)
     x = logits.astype(jnp.float32)
-    x = _times(jnp.any(restricted), _mask, x, allowed, restricted)
-    x = _times(jnp.max(num_bias), _add_bias, x, arrays)
-    x = _times(jnp.any(held), _hold_stops, x, stop_ids, held)
+    x = _times(jnp.any(restricted), partial(_mask, vocabulary), x, allowed, restricted)
+    x = _times(jnp.max(num_bias), partial(_add_bias, vocabulary), x, arrays)
+    x = _times(jnp.any(held), partial(_hold_stops, vocabulary), x, stop_ids, held)
     x = _times(jnp.any(penalized), _penalize, x, arrays, counts)
-    tokens, bad = _choose(x, arrays, positions, active)
-    logprobs, top_ids, top_logprobs = _logprobs(logits, tokens, arrays, active)
+    tokens, bad = _choose(x, arrays, positions, active, vocabulary)
+    logprobs, top_ids, top_logprobs = _logprobs(logits, tokens, arrays, active, vocabulary)
     return SampleResult(tokens, logprobs, top_ids, top_logprobs, bad)
 
 
@@ -230,24 +243,24 @@ def _times(turns: jax.Array, change: Callable[..., jax.Array], x: jax.Array, *op
     return lax.fori_loop(0, turns.astype(jnp.int32), turn, x)
 
 
-def _mask(_: jax.Array, x: jax.Array, allowed: jax.Array, restricted: jax.Array) -> jax.Array:
-    """-inf where a restricted row's bit is 0. x f32[slots, vocab]."""
-    slots, vocab = x.shape
-    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    keep = bits.reshape(slots, -1)[:, :vocab] != 0
+def _mask(vocabulary: Vocabulary, _: jax.Array, x: jax.Array, allowed: jax.Array, restricted: jax.Array) -> jax.Array:
+    """-inf where a restricted row's bit is 0. x f32[slots, local]."""
+    slots, local = x.shape
+    bits = (vocabulary.words(allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    keep = bits.reshape(slots, -1)[:, :local] != 0
     return jnp.where(keep | ~restricted[:, None], x, -jnp.inf)
 
 
-def _add_bias(index: jax.Array, x: jax.Array, arrays: SamplingArrays) -> jax.Array:
+def _add_bias(vocabulary: Vocabulary, index: jax.Array, x: jax.Array, arrays: SamplingArrays) -> jax.Array:
     """Add every row's index-th logit bias (unused entries are dropped)."""
     rows = jnp.arange(x.shape[0])
-    return x.at[rows, arrays.bias_ids[:, index]].add(arrays.bias_values[:, index], mode="drop")
+    return x.at[rows, vocabulary.columns(arrays.bias_ids[:, index])].add(arrays.bias_values[:, index], mode="drop")
 
 
-def _hold_stops(_: jax.Array, x: jax.Array, stop_ids: jax.Array, held: jax.Array) -> jax.Array:
+def _hold_stops(vocabulary: Vocabulary, _: jax.Array, x: jax.Array, stop_ids: jax.Array, held: jax.Array) -> jax.Array:
     """-inf at the stop ids of rows that must go on."""
     ids = jnp.where(held[:, None] & (stop_ids >= 0), stop_ids, UNUSED_ID)
-    return x.at[jnp.arange(x.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+    return x.at[jnp.arange(x.shape[0])[:, None], vocabulary.columns(ids)].set(-jnp.inf, mode="drop")
 
 
 def _penalize(_: jax.Array, x: jax.Array, arrays: SamplingArrays, counts: TokenCounts) -> jax.Array:
@@ -262,20 +275,24 @@ def _penalize(_: jax.Array, x: jax.Array, arrays: SamplingArrays, counts: TokenC
 
 
 def _choose(
-    x: jax.Array, arrays: SamplingArrays, positions: jax.Array, active: jax.Array
+    x: jax.Array, arrays: SamplingArrays, positions: jax.Array, active: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array]:
-    """x [slots, vocab] with masks, bias and penalties applied -> tokens i32[slots], bad bool[slots]."""
+    """x [slots, local] with masks, bias and penalties applied -> tokens i32[slots], bad bool[slots]."""
     best, tokens, has_nan = _argmax(x)
+    if vocabulary.num_shards > 1:
+        best, tokens, has_nan = _agree(best, tokens, has_nan, vocabulary)
     bad = has_nan | ~jnp.isfinite(best)
     random = active & (arrays.temperature > 0) & ~bad
     tokens = lax.cond(
-        jnp.any(random), lambda: jnp.where(random, _draw(x, best, arrays, positions, random), tokens), lambda: tokens
+        jnp.any(random),
+        lambda: jnp.where(random, _draw(x, best, arrays, positions, random, vocabulary), tokens),
+        lambda: tokens,
     )
-    return jnp.minimum(tokens, x.shape[1] - 1), bad
+    return jnp.minimum(tokens, vocabulary.size - 1), bad
 
 
 def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest value f32[slots] of x [slots, vocab], its lowest index i32[slots], and bool[slots]: holds a NaN.
+    """The largest value f32[slots] of x [slots, n], its lowest index i32[slots], and bool[slots]: holds a NaN.
 
     Two plain passes: on XLA:CPU they take a tenth of jnp.argmax, whose pair of accumulators does not vectorize.
     NaN is looked for, for a vectorized maximum may drop it.
@@ -294,29 +311,47 @@ def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return best.astype(jnp.float32), jnp.min(index, axis=1), jnp.any(strange, axis=1)
 
 
-def _draw(x: jax.Array, best: jax.Array, arrays: SamplingArrays, positions: jax.Array, random: jax.Array) -> jax.Array:
+def _agree(
+    best: jax.Array, column: jax.Array, has_nan: jax.Array, vocabulary: Vocabulary
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """_argmax() of this device's columns -> that of the vocabulary: the one collective of choosing greedily."""
+    values, ids = vocabulary.gather_candidates(jnp.where(has_nan, jnp.nan, best), column)
+    best = jnp.max(values, axis=0)
+    return best, jnp.min(jnp.where(values == best, ids, UNUSED_ID), axis=0), jnp.any(jnp.isnan(values), axis=0)
+
+
+def _draw(
+    x: jax.Array,
+    best: jax.Array,
+    arrays: SamplingArrays,
+    positions: jax.Array,
+    random: jax.Array,
+    vocabulary: Vocabulary,
+) -> jax.Array:
     """One token per row of softmax(x / temperature), truncated by min-p, top-k and top-p -> i32[slots].
 
     Inverse CDF in two steps of one 64-bit threefry block, keyed by seed and position: the first word picks a group
     of tokens (ids equal modulo the group width), the second a token in it.
     """
-    slots, vocab = x.shape
+    slots, vocab = x.shape[0], vocabulary.size
     width = group_width(vocab)
     has_k = random & (arrays.top_k > 0) & (arrays.top_k < vocab)
     has_p = random & (arrays.top_p < 1)
     k_threshold = lax.cond(
-        jnp.any(has_k), lambda: top_k_threshold(x, best, arrays.top_k, has_k), lambda: jnp.full((slots,), -jnp.inf)
+        jnp.any(has_k),
+        lambda: top_k_threshold(x, best, arrays.top_k, has_k, vocabulary),
+        lambda: jnp.full((slots,), -jnp.inf),
     )
     temperature = jnp.where(random, arrays.temperature, 1)
     weights = masked_weights(x, best, temperature, k_threshold, arrays.min_p)
     p_threshold = lax.cond(
-        jnp.any(has_p), lambda: top_p_threshold(weights, arrays.top_p, has_p), lambda: jnp.zeros((slots,))
+        jnp.any(has_p), lambda: top_p_threshold(weights, arrays.top_p, has_p, vocabulary), lambda: jnp.zeros((slots,))
     )
     bits = jax.vmap(_draw_bits)(arrays.seed, positions)
     uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
-    group = _invert_cdf(group_sums(weights, p_threshold), uniform[:, 0])
+    group = _invert_cdf(vocabulary_group_sums(weights, p_threshold, vocabulary), uniform[:, 0])
     ids = group[:, None] + jnp.arange(0, vocab, width)[None]
-    members = jnp.take_along_axis(weights, jnp.minimum(ids, vocab - 1), axis=1)
+    members = vocabulary.take(weights, jnp.minimum(ids, vocab - 1))
     members = jnp.where((ids < vocab) & (members >= p_threshold[:, None]), members, 0)
     member = _invert_cdf(members, uniform[:, 1])
     return group + member * width
@@ -338,18 +373,18 @@ def _invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _logprobs(
-    logits: jax.Array, tokens: jax.Array, arrays: SamplingArrays, active: jax.Array
+    logits: jax.Array, tokens: jax.Array, arrays: SamplingArrays, active: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities of the tokens f32[slots]; ids and log-probabilities of the best [slots, MAX_TOP_LOGPROBS]."""
     slots = logits.shape[0]
 
     def own() -> tuple[jax.Array, jax.Array]:
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0].astype(jnp.float32)
-        normalizer = log_normalizers(logits)
+        chosen = vocabulary.take(logits, tokens[:, None])[:, 0].astype(jnp.float32)
+        normalizer = log_normalizers(logits, vocabulary)
         return chosen - normalizer, normalizer
 
     def top(normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return best_logprobs(logits, normalizer)
+        return best_logprobs(logits, normalizer, vocabulary)
 
     def no_top(_: jax.Array) -> tuple[jax.Array, jax.Array]:
         shape = (slots, MAX_TOP_LOGPROBS)
@@ -359,25 +394,3 @@ def _logprobs(
     logprobs, normalizer = lax.cond(wanted, own, lambda: (jnp.zeros((slots,)), jnp.zeros((slots,))))
     top_ids, top_logprobs = lax.cond(jnp.any(active & (arrays.top_logprobs > 0)), top, no_top, normalizer)
     return logprobs, top_ids, top_logprobs
-
-
-def log_normalizers(logits: jax.Array) -> jax.Array:
-    """log(sum(exp(row))) of each row of logits [rows, vocab] -> f32[rows]; logits less this are log-probabilities."""
-    best = lax.optimization_barrier(jnp.max(logits, axis=1).astype(jnp.float32))  # as in reductions.softmax
-    ones = jnp.ones((logits.shape[0],), jnp.float32)
-    total = row_sums(group_sums(masked_weights(logits, best, ones, -jnp.inf * ones, 0 * ones), 0 * ones))
-    return best + in_lanes(jnp.log, total)
-
-
-def best_logprobs(logits: jax.Array, normalizers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely tokens' ids i32[rows, MAX_TOP_LOGPROBS] and log-probabilities f32, best first, lower ids on ties.
-
-    normalizers f32[rows] as log_normalizers() gives them. A smaller vocabulary is filled up with id -1, probability 0.
-    """
-    num_top = min(MAX_TOP_LOGPROBS, logits.shape[1])
-    values, ids = lax.top_k(logits.astype(jnp.float32), num_top)
-    rest = ((0, 0), (0, MAX_TOP_LOGPROBS - num_top))
-    return (
-        jnp.pad(ids, rest, constant_values=-1),
-        jnp.pad(values - normalizers[:, None], rest, constant_values=-jnp.inf),
-    )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.reductions import row_sums
+from sharding.vocabulary import Vocabulary
 
 _GROUP_SIZE = 32  # slices added up per pass
 
@@ -28,8 +29,20 @@ def group_width(vocab_size: int) -> int:
 
 
 def group_sums(weights: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Per group, the sum of the weights that are >= threshold. f[slots, vocab], f[slots] -> f32[slots, group_width]."""
-    return _grouped(weights, lambda part: jnp.where(part >= threshold[:, None], part, 0).astype(jnp.float32))
+    """Per group of these columns, the sum of the weights that are >= threshold.
+
+    weights f[slots, columns], threshold f[slots] -> f32[slots, group_width(columns)]
+    """
+    return _grouped(weights, _at_least(threshold), group_width(weights.shape[1]))
+
+
+def vocabulary_group_sums(weights: jax.Array, threshold: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    """As group_sums() of the whole vocabulary: weights f[slots, local] -> f32[slots, group_width(size)]."""
+    width = group_width(vocabulary.size)
+    own = _grouped(weights, _at_least(threshold), width)
+    if vocabulary.num_shards > 1:
+        own = jnp.roll(own, vocabulary.first % width, axis=1)  # the first column's group comes first in it
+    return vocabulary.sum_in_order(own)
 
 
 def masked_weights(
@@ -44,14 +57,18 @@ def masked_weights(
     return jnp.where((x >= k_threshold[:, None]) & (weights >= min_p[:, None]), weights, 0)
 
 
-def top_k_threshold(x: jax.Array, best: jax.Array, top_k: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The top_k-th largest of each row of x [slots, vocab], or a value that keeps the same tokens -> f32[slots].
+def top_k_threshold(
+    x: jax.Array, best: jax.Array, top_k: jax.Array, wanted: jax.Array, vocabulary: Vocabulary
+) -> jax.Array:
+    """The top_k-th largest of each row of x [slots, local], or a value that keeps the same tokens -> f32[slots].
 
     Tokens tied with the top_k-th stay. Rows that are not wanted bool[slots] get -inf. best f32[slots] are the maxima.
     """
+    width = group_width(x.shape[1])
 
     def count(threshold: jax.Array) -> jax.Array:
-        return jnp.sum(_grouped(x, lambda part: (part >= threshold[:, None]).astype(jnp.int32)), axis=1)
+        at_least = _grouped(x, lambda part: (part >= threshold[:, None]).astype(jnp.int32), width)
+        return vocabulary.sum(jnp.sum(at_least, axis=1))
 
     top = _key(best) + 1
     low, _ = _bisect(
@@ -60,31 +77,35 @@ def top_k_threshold(x: jax.Array, best: jax.Array, top_k: jax.Array, wanted: jax
     return jnp.where(wanted, _value(low), -jnp.inf)
 
 
-def top_p_threshold(weights: jax.Array, top_p: jax.Array, wanted: jax.Array) -> jax.Array:
+def top_p_threshold(weights: jax.Array, top_p: jax.Array, wanted: jax.Array, vocabulary: Vocabulary) -> jax.Array:
     """The largest t such that the weights >= t hold top_p of each row's sum, or one that keeps the same tokens.
 
-    Nucleus sampling (Holtzman et al. 2019). weights f32[slots, vocab] in [0, 1], the largest 1; equal weights stay
+    Nucleus sampling (Holtzman et al. 2019). weights f32[slots, local] in [0, 1], the largest 1; equal weights stay
     together; masses are float32 sums. Rows that are not wanted bool[slots] get 0. -> f32[slots]
     """
 
     def mass(threshold: jax.Array) -> jax.Array:
-        return row_sums(group_sums(weights, threshold))
+        return vocabulary.sum_in_order(row_sums(group_sums(weights, threshold)))
 
     def single(low: jax.Array, at_low: jax.Array, at_high: jax.Array) -> jax.Array:
         return at_low - at_high < 1.5 * _value(low)  # at most one token lies between: the bits below it are no matter
 
     total = mass(jnp.zeros_like(top_p))
     # All weights below total x (1 - top_p) / vocab together cannot hold more than what may be cut; 0.9 covers rounding.
-    low = jnp.maximum(total * (1 - top_p) * (0.9 / weights.shape[1]), 0)
+    low = jnp.maximum(total * (1 - top_p) * (0.9 / vocabulary.size), 0)
     high = jnp.full_like(low, 1.0)
     low, _ = _bisect(mass, top_p * total, _key(low), _key(high) + 1, wanted, single)
     return jnp.where(wanted, _value(low), 0)
 
 
-def _grouped(x: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Sum of weigh(slice) over the slices of x [slots, vocab], each group_width wide -> [slots, group_width]."""
-    vocab, width = x.shape[1], group_width(x.shape[1])
-    parts = (weigh(x[:, start : start + width]) for start in range(0, vocab, width))
+def _at_least(threshold: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """slice [slots, n] -> f32, with 0 for what is below threshold f[slots]."""
+    return lambda part: jnp.where(part >= threshold[:, None], part, 0).astype(jnp.float32)
+
+
+def _grouped(x: jax.Array, weigh: Callable[[jax.Array], jax.Array], width: int) -> jax.Array:
+    """Sum of weigh(slice) over the slices of x [slots, columns], each `width` wide -> [slots, width]."""
+    parts = (weigh(x[:, start : start + width]) for start in range(0, x.shape[1], width))
     total = reduce(jnp.add, (jnp.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts))
     # Without the barrier XLA:CPU moves the adds into a caller's row sum and writes every slice out: four times slower.
     return lax.optimization_barrier(total)

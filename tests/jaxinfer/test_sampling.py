@@ -26,6 +26,7 @@ from jaxinfer.sampling import (
     uses_penalties,
 )
 from jaxinfer.truncation import group_width, top_k_threshold, top_p_threshold
+from sharding.vocabulary import Vocabulary
 
 VOCAB = 300
 STOP_IDS = (7, 11, 290)
@@ -327,17 +328,16 @@ def _nudged(p: SamplingParams) -> list[SamplingParams]:
 def test_thresholds_keep_the_right_set(vocab: int, scale: float) -> None:
     x = np.stack([random_logits(seed, scale, vocab) for seed in range(3)])
     x[1] = np.round(x[1], 1)  # many ties
-    best = x.max(1)
+    best, whole, wanted = x.max(1), Vocabulary(vocab), np.array([True, True, False])
     for k in {1, 2, vocab // 3 + 1, vocab - 1}:
-        threshold = np.asarray(jax.jit(top_k_threshold)(x, best, np.full(3, k), np.array([True, True, False])))
+        threshold = np.asarray(jax.jit(top_k_threshold, static_argnums=4)(x, best, np.full(3, k), wanted, whole))
         for row in range(2):
             np.testing.assert_array_equal(x[row] >= threshold[row], x[row] >= np.sort(x[row])[-k])
         assert threshold[2] == -np.inf
     weights = np.exp(x - best[:, None])
     for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
-        threshold = np.asarray(
-            jax.jit(top_p_threshold)(weights, np.full(3, p, np.float32), np.array([True, True, False]))
-        )
+        top_p = np.full(3, p, np.float32)
+        threshold = np.asarray(jax.jit(top_p_threshold, static_argnums=3)(weights, top_p, wanted, whole))
         for row in range(2):
             exact = weights[row].astype(np.float64)
             kept, mass = exact >= threshold[row], exact.sum()

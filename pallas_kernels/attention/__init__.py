@@ -17,7 +17,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.attention import storage
-from pallas_kernels.attention.contract import UnsupportedError, check_heads, check_options, check_ragged, check_rows
+from pallas_kernels.attention.contract import (
+    UnsupportedError,
+    check_heads,
+    check_new_rows,
+    check_options,
+    check_ragged,
+    check_rows,
+    check_spread,
+)
 from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import Op
 
@@ -39,6 +47,7 @@ __all__ = [
     "token_rows",
     "token_sequence",
     "with_sinks",
+    "write",
     "write_pages",
 ]
 
@@ -105,8 +114,8 @@ class LayerKV(Protocol):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("q_start", "kv_len", "page_table", "q_position", "kv_position", "ancestors"),
-    meta_fields=("width", "num_decode_seqs"),
+    data_fields=("q_start", "kv_len", "page_table", "q_position", "kv_position", "ancestors", "page_offset"),
+    meta_fields=("width", "num_decode_seqs", "page_stride"),
 )
 @dataclass(frozen=True)
 class Ragged:
@@ -114,8 +123,14 @@ class Ragged:
 
     The first `num_decode_seqs` sequences own `width` query tokens each, at tokens `[s * width, (s + 1) * width)`;
     the others own `[q_start[s], q_start[s + 1])`. Row r of sequence s lies in page `page_table[s, r // page_size]`.
-    Query tokens are the last rows of their sequence. A sequence with `kv_len` 0 is unused: its tokens' K/V go to
-    the trash page 0 and their output is zero.
+    Tokens that bring K/V, or have `ancestors`, are the last rows of their sequence; other queries may be any, since
+    `q_position` alone says what they see. A sequence with `kv_len` 0 is unused: its tokens' K/V go to the trash page
+    0 and their output is zero.
+
+    `page_stride` > 1: a sequence's pages are spread over so many devices, and this one has those in the columns g of
+    `page_table` with `g % page_stride == page_offset`; the numbers in other columns are pages of other devices. All
+    the rest is said of whole sequences. Only rows that lie here are written and seen, so results are partial:
+    `merge` joins those of all offsets, and `with_sinks` comes after it.
     """
 
     q_start: jax.Array  # i32[seqs + 1]
@@ -124,8 +139,10 @@ class Ragged:
     q_position: jax.Array  # i32[tokens]
     kv_position: jax.Array | None = None  # i32[seqs, rows] after eviction; None: row i is position i
     ancestors: jax.Array | None = None  # u32[tokens, words]: bit j of a token = sees its sequence's j-th query token
+    page_offset: jax.Array | None = None  # i32[], from 0 to page_stride - 1; None: 0
     width: int = 1
     num_decode_seqs: int = 0
+    page_stride: int = 1
 
 
 def default_page_size(device: Device) -> int:
@@ -189,10 +206,22 @@ def attend(
     check_heads(q, k, v, sinks, kv.spec)
     check_ragged(ragged, q.shape[0], kv.spec.page_size)
     check_options(window, softcap, scale)
+    check_spread(ragged, sinks)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if q.shape[0] == 0:
         return q, jnp.zeros(q.shape[:2], jnp.float32), kv
     return OP.load(kv.backend).attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
+
+
+def write(kv: LayerKV, k: jax.Array, v: jax.Array, ragged: Ragged) -> LayerKV:
+    """Write `k, v [tokens, kv_heads, head_dim]` into pages as `attend` does; the tokens are their sequences' last rows.
+
+    Then `attend` with `k = v = None` serves any part of the tokens as queries, once or part by part.
+    """
+    check_new_rows(k, v, kv.spec)
+    check_ragged(ragged, k.shape[0], kv.spec.page_size)
+    check_spread(ragged, None)
+    return OP.load(kv.backend).write(kv, k, v, ragged) if k.shape[0] else kv
 
 
 def read_pages(kv: LayerKV, pages: jax.Array) -> PageRows:
@@ -250,7 +279,10 @@ def token_sequence(ragged: Ragged, num_tokens: int) -> jax.Array:
 
 
 def token_rows(ragged: Ragged, num_tokens: int, page_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each packed token: its row's page, its offset in that page, and its sequence (padding: page 0)."""
+    """For each packed token: its row's page, its offset in that page, and its sequence (padding: page 0).
+
+    A row that lies on another device has page 0 too.
+    """
     seq = token_sequence(ragged, num_tokens)
     num_seqs = ragged.kv_len.shape[0]
     inside = jnp.minimum(seq, num_seqs - 1)
@@ -260,5 +292,8 @@ def token_rows(ragged: Ragged, num_tokens: int, page_size: int) -> tuple[jax.Arr
     row = ragged.kv_len[inside] - length + token - first
     valid = (seq < num_seqs) & (row >= 0) & (ragged.kv_len[inside] > 0)
     column = jnp.clip(row // page_size, 0, ragged.page_table.shape[1] - 1)
-    page = jnp.where(valid, ragged.page_table[inside, column], 0)
-    return page, jnp.where(valid, row % page_size, 0), jnp.where(valid, seq, num_seqs)
+    here = valid
+    if ragged.page_stride > 1:
+        here &= column % ragged.page_stride == (0 if ragged.page_offset is None else ragged.page_offset)
+    page = jnp.where(here, ragged.page_table[inside, column], 0)
+    return page, jnp.where(here, row % page_size, 0), jnp.where(valid, seq, num_seqs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ class Case:
     gaps: bool = False  # rows whose positions were thinned by eviction
     tree: bool = False
     shared: bool = False  # k = v = None: the rows were written by another layer
+    apart: bool = False  # new rows are written by `write`, and then attended to
+    later: int = 0  # rows behind the queries of every sequence, which may then not be the last; `shared` only
+    shards: int = 1  # devices over which pages are spread: one call each, and their results merged
     dtype: str = "float32"  # of q, k, v and the output
     kv_dtype: str | None = None  # of the pages, where it is another one
 
@@ -124,6 +127,24 @@ CASES: dict[str, Case] = {
     "mixed-width": Case(decode=(17, 0, 129), prefill=((130, 70),), width=2),
     "mixed-int8": Case(**_MIXED, kv_dtype="int8", dtype="bfloat16"),
     "mixed-int4-tree": Case(decode=(40, 0, 136), prefill=((12, 9),), width=4, tree=True, kv_dtype="int4"),
+    "middle-decode": Case(decode=(40, 200, 0), shared=True, later=70),
+    "middle-prefill": Case(prefill=((130, 70), (0, 3)), shared=True, later=150),
+    "middle-mixed-window": Case(**_MIXED, shared=True, later=33, window=40),
+    "apart-mixed": Case(**_MIXED, apart=True),
+    "apart-mixed-width-int4": Case(decode=(17, 0, 129), prefill=((130, 70),), width=3, kv_dtype="int4", apart=True),
+    "spread-decode": Case(decode=(*_DECODE, 600), shards=3),
+    "spread-decode-width-3-window": Case(decode=(40, 530, 0, 7), width=3, shards=2, window=150),
+    "spread-decode-sinks-softcap": Case(decode=(40, 500), sinks=True, softcap=5.0, shards=2),
+    "spread-decode-int8": Case(decode=_DECODE, kv_dtype="int8", shards=2),
+    "spread-decode-page-16": Case(decode=(40, 140), page_size=16, shards=4),
+    "spread-prefill-chunk": Case(prefill=_CHUNKS, shards=2),
+    "spread-prefill-chunk-bf16": Case(prefill=((300, 270), (0, 3)), head_dim=128, dtype="bfloat16", shards=3),
+    "spread-prefill-window": Case(prefill=((300, 150), (0, 40)), window=33, shards=2),
+    "spread-mixed": Case(**_MIXED, shards=2),
+    "spread-mixed-int4": Case(**_MIXED, kv_dtype="int4", shards=2),
+    "spread-apart-mixed": Case(**_MIXED, width=2, apart=True, shards=2),
+    "spread-apart-prefill-bf16": Case(prefill=((300, 270), (0, 3)), dtype="bfloat16", apart=True, shards=3),
+    "spread-middle-mixed-window": Case(**_MIXED, shared=True, later=333, window=200, shards=3),
 }
 
 # max |out - expected|. float32: reassociated sums of some hundred terms (and TF32-free dots are asked for everywhere).
@@ -158,7 +179,8 @@ def build(case: Case, seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
     lengths = [(rows - case.width, case.width) if rows else (0, 0) for rows in case.decode]
     lengths += [(before if queries else 0, queries) for before, queries in case.prefill]
-    kv_len = np.array([before + queries if queries else 0 for before, queries in lengths], np.int32)
+    assert case.shared or not case.later, "rows behind the queries were written before"
+    kv_len = np.array([before + queries + case.later if queries else 0 for before, queries in lengths], np.int32)
     written = kv_len if case.shared else np.array([before for before, _ in lengths])
     table, values, owned = _pages(case, kv_len, written, rng)
     num_rows = table.shape[1] * case.page_size
@@ -232,19 +254,64 @@ def _stored(values: np.ndarray, case: Case) -> PageRows:
 
 def run(backend: str, case: Case, inputs: Inputs, *, device: Device | None = None, invariant: bool = False) -> Outcome:
     """The case on one backend, under jit; `device`: what the pages are made for, where it is not this machine."""
-    num_pages = len(inputs.pages.values)
-    everything = jnp.arange(num_pages)
-    kv = attention.allocate(
-        case.spec, num_pages, backend=backend, q_heads=case.q_heads, device=device, invariant=invariant
-    )
-    kv = attention.write_pages(kv, everything, inputs.pages)
+    sinks = inputs.options.get("sinks") if case.shards > 1 else None
+    options = {name: x for name, x in inputs.options.items() if name != "sinks" or case.shards == 1}
 
     @jax.jit
     def call(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged) -> Any:
-        return attention.attend(q, k, v, kv, ragged, **inputs.options)
+        if case.apart:
+            kv, k, v = attention.write(kv, k, v, ragged), None, None
+        return attention.attend(q, k, v, kv, ragged, **options)
 
-    out, lse, kv = call(inputs.q, inputs.k, inputs.v, kv, inputs.ragged)
-    return Outcome(np.asarray(out, np.float32), np.asarray(lse), dequantized(attention.read_pages(kv, everything))[1:])
+    shards = spread(case, inputs) if case.shards > 1 else [Shard(inputs, np.arange(1, len(inputs.pages.values)))]
+    after = dequantized(inputs.pages).copy()
+    parts = []
+    for part, home in shards:
+        num_pages = len(part.pages.values)
+        everything = jnp.arange(num_pages)
+        kv = attention.allocate(
+            case.spec, num_pages, backend=backend, q_heads=case.q_heads, device=device, invariant=invariant
+        )
+        kv = attention.write_pages(kv, everything, part.pages)
+        out, lse, kv = call(part.q, part.k, part.v, kv, part.ragged)
+        parts.append((out, lse))
+        pages = dequantized(attention.read_pages(kv, everything))[1:]
+        after[home] = pages[: len(home)]
+        assert np.isnan(pages[len(home) :]).all(), "pages of nobody were written"
+    out, lse = parts[0] if len(parts) == 1 else attention.with_sinks(*attention.merge(parts), sinks)
+    return Outcome(np.asarray(out, np.float32), np.asarray(lse), after[1:])
+
+
+class Shard(NamedTuple):
+    """What one of the devices that share a case's pages has."""
+
+    inputs: Inputs
+    home: np.ndarray  # the case's numbers of this device's pages 1, 2, ...; behind those are pages of nobody
+
+
+def spread(case: Case, inputs: Inputs, seed: int = 0) -> list[Shard]:
+    """A case's pages over `case.shards` devices, numbered anew on each, so that devices use the same numbers."""
+    rng = np.random.default_rng(seed)
+    table = np.asarray(inputs.ragged.page_table)
+    column = np.arange(table.shape[1])
+    here = [np.unique(table[:, column % case.shards == offset]) for offset in range(case.shards)]
+    homes = [rng.permutation(pages[pages > 0]) for pages in here]
+    number = np.zeros(len(inputs.pages.values), np.int32)
+    for home in homes:
+        number[home] = 1 + np.arange(len(home))
+    num_pages = 1 + max(map(len, homes)) + 2
+    shards = []
+    for offset, home in enumerate(homes):
+        poison = [0] * (num_pages - 1 - len(home))  # the trash page's content
+        pages = jax.tree.map(lambda x, home=home, poison=poison: x[np.array([0, *home, *poison], int)], inputs.pages)
+        ragged = replace(
+            inputs.ragged,
+            page_table=jnp.asarray(number[table]),
+            page_stride=case.shards,
+            page_offset=jnp.int32(offset),
+        )
+        shards.append(Shard(replace(inputs, pages=pages, ragged=ragged), home))
+    return shards
 
 
 def dequantized(pages: PageRows) -> np.ndarray:
@@ -264,7 +331,7 @@ def check(backend: str, case: Case, seed: int = 0, *, device: Device | None = No
 def oracle(case: Case, seed: int = 0) -> tuple[Inputs, Outcome]:
     """A case's inputs and what the reference makes of them; kept, for the next backend."""
     inputs = build(case, seed)
-    expected = run("reference", case, inputs)
+    expected = run("reference", replace(case, shards=1), inputs)
     assert np.isfinite(expected.out).all(), "the oracle itself read something it may not"
     return inputs, expected
 

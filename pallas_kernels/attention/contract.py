@@ -37,6 +37,12 @@ def check_heads(q: jax.Array, k: jax.Array | None, v: jax.Array | None, sinks: j
         _check_array("sinks", sinks, (q.shape[1],), jnp.floating)
 
 
+def check_new_rows(k: jax.Array, v: jax.Array, spec: KVSpec) -> None:
+    """Raises UnsupportedError unless k and v are rows of these pages."""
+    for name, array in (("k", k), ("v", v)):
+        _check_array(name, array, (k.shape[0] if k.ndim else 0, spec.kv_heads, spec.head_dim), jnp.floating)
+
+
 def check_ragged(ragged: Ragged, num_tokens: int, page_size: int) -> None:
     """Raises UnsupportedError unless the parts of a Ragged fit each other, the tokens and the pages."""
     if ragged.kv_len.ndim != 1 or ragged.page_table.ndim != 2:
@@ -65,6 +71,22 @@ def check_ragged(ragged: Ragged, num_tokens: int, page_size: int) -> None:
                 f"ancestors of {ragged.ancestors.shape[1]} words have too few bits for width={width}: "
                 f"{-(-width // 32)} words would do"
             )
+
+
+def check_spread(ragged: Ragged, sinks: jax.Array | None) -> None:
+    """Raises UnsupportedError for a stride that means nothing, and for what is not done with pages on many devices."""
+    stride, offset = ragged.page_stride, ragged.page_offset
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+        raise UnsupportedError(f"page_stride={stride!r} must be an int, at least 1: the devices that share the pages")
+    if offset is not None:
+        _check_array("page_offset", offset, (), jnp.integer)
+    if stride == 1:
+        return
+    if sinks is not None:
+        raise UnsupportedError(f"sinks with page_stride={stride}: merge the partial results, then apply with_sinks")
+    for name in ("kv_position", "ancestors"):
+        if getattr(ragged, name) is not None:
+            raise UnsupportedError(f"{name} with page_stride={stride}: it is served where all pages lie on one device")
 
 
 def check_options(window: Any, softcap: Any, scale: Any) -> None:

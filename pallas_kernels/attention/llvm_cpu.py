@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import KVSpec, Ragged, llvm_rows, with_sinks, xla
-from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write_pages
+from pallas_kernels.attention import KVSpec, Ragged, llvm_rows, strided, with_sinks, xla
+from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write, write_pages
 from pallas_kernels.devices import Device
 from pallas_kernels.native import handler, jit
 
-__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
+__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write", "write_pages"]
 
-TARGET_NAME = "jaxinfer_attention_v1"  # stands in compiled programs: a new number for every change of the contract
+TARGET_NAME = "jaxinfer_attention_v2"  # stands in compiled programs: a new number for every change of the contract
 DTYPES = ("bfloat16", "float32")
 TILE_ROWS = 64  # query rows (tokens times group) of a prefill tile: their state stays in L2 while pages stream past
 
@@ -67,14 +67,20 @@ def attend(
     plain = softcap is None and ragged.ancestors is None and ragged.kv_position is None
     if not plain or q.dtype.name not in DTYPES:
         return xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
-    kv = xla.write(kv, k, v, ragged, q.shape[0])
+    if k is not None and v is not None:
+        kv = write(kv, k, v, ragged)
+    ragged, window, first = strided.view(ragged, kv.spec.page_size, window)
     group = q.shape[1] // kv.spec.kv_heads
     settings = np.array([ragged.num_decode_seqs, ragged.width, window or 0, max(1, TILE_ROWS // group), 0], np.int32)
     settings[4:].view(np.float32)[0] = scale
     sums = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
     out_dtype = q.dtype if sinks is None else jnp.float32
     call = jax.ffi.ffi_call(TARGET_NAME, (jax.ShapeDtypeStruct(q.shape, out_dtype), sums, sums))
-    rows = (ragged.page_table, ragged.q_start, ragged.kv_len, ragged.q_position)
+    none = np.zeros(q.shape[0], np.int32)  # a constant of the program
+    rows = (
+        *(ragged.page_table, ragged.q_start, ragged.kv_len, ragged.q_position),
+        none if first is None else first,
+    )
     out, highest, total = call(q, kv.keys, kv.values, *(x.astype(jnp.int32) for x in rows), settings)
     used = total != 0
     lse = jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)

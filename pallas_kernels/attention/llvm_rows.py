@@ -25,7 +25,8 @@ MASKED = -1e30  # below every score, and finite: exp(MASKED - MASKED) is 1, not 
 SETTINGS = ("decode_seqs", "width", "window", "tile_tokens", "scale")  # the last operand, i32 each; scale: float32 bits
 
 # %Work's fields in order: operands, results, then sizes; all i64 but for the pointers.
-_POINTERS = ("q", "keys", "values", "table", "q_start", "kv_len", "position", "out", "highest", "total")
+_OPERANDS = ("q", "keys", "values", "table", "q_start", "kv_len", "position", "first")
+_POINTERS = (*_OPERANDS, "out", "highest", "total")
 _SIZES = (
     *("tokens", "q_heads", "dim", "pages", "kv_heads", "page_size", "seqs", "table_width"),
     *(*SETTINGS, "q_wide", "kv_wide", "out_wide"),
@@ -313,8 +314,10 @@ def _run_tokens() -> str:
         position = code.let(f"sext i32 {code.load('i32', work['position'], token)} to i64")
         past = code.let(f"add i64 {position}, 1")
         high = _smaller(code, length, past)
-        begin = _larger(code, code.let(f"sub i64 {past}, {window}"), 0)
-        low = code.let(f"select i1 {code.let(f'icmp sgt i64 {window}, 0')}, i64 {begin}, i64 0")
+        begin = code.let(f"sub i64 {past}, {window}")
+        begin = code.let(f"select i1 {code.let(f'icmp sgt i64 {window}, 0')}, i64 {begin}, i64 0")
+        given = code.let(f"sext i32 {code.load('i32', work['first'], token)} to i64")
+        low = _larger(code, begin, _larger(code, given, 0))
         code.store("i64", low, lows, j)
         code.store("i64", high, highs, j)
         code.store("i64", _smaller(code, code.load("i64", first), low), first)
@@ -460,11 +463,11 @@ def _scratch_bytes(code: Code, work: _Work, tokens: str) -> str:
 
 
 def _execute() -> str:
-    """Operands q, keys, values, table, q_start, kv_len, position, settings; results out, highest, total."""
+    """Operands q, keys, values, table, q_start, kv_len, position, first, settings; results out, highest, total."""
     code = Code()
-    names = (*_POINTERS[:7], "settings")
+    names = (*_OPERANDS, "settings")
     buffers = {name: code.load("ptr", "%args", place) for place, name in enumerate(names)}
-    buffers |= {name: code.load("ptr", "%results", place) for place, name in enumerate(_POINTERS[7:])}
+    buffers |= {name: code.load("ptr", "%results", place) for place, name in enumerate(_POINTERS[len(_OPERANDS) :])}
 
     def field(name: str, place: int, kind: str) -> str:
         address = code.let(f"getelementptr %Buffer, ptr {buffers[name]}, i32 0, i32 {place}")

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices, tuning
-from pallas_kernels.attention import KVSpec, Ragged, merge, with_sinks, xla
+from pallas_kernels.attention import KVSpec, Ragged, merge, strided, with_sinks, xla
 from pallas_kernels.attention import mosaic_gpu_kernels as kernels
 from pallas_kernels.attention.mosaic_gpu_kernels import WARPGROUP_ROWS, Plan
-from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write_pages
+from pallas_kernels.attention.xla import XlaKV, copy_pages, move_rows, read_pages, write, write_pages
 from pallas_kernels.devices import Device
 
-__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
+__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write", "write_pages"]
 
 ARCH = "sm_90a"
 DTYPES = ("bfloat16", "float16")
@@ -53,6 +53,7 @@ class Phase(NamedTuple):
     most: int  # tokens that any of them can have
     kv_len: jax.Array  # i32[seqs]
     position: jax.Array  # i32[tokens]
+    first: jax.Array | None  # i32[tokens]: the first row each sees, where no window says it
 
 
 class Tiles(NamedTuple):
@@ -62,6 +63,7 @@ class Tiles(NamedTuple):
     token: jax.Array  # i32[tiles, size]: each row's token and its head in the group; any where there is none
     head: jax.Array
     position: jax.Array  # i32[tiles, size]: of each row's token; -1 where there is none
+    first: jax.Array | None  # i32[tiles, size]: the first K/V row that it sees, where no window says it
     tile: jax.Array  # i32[tokens * group]: where each row of the phase is
     row: jax.Array
     valid: jax.Array  # bool[tokens * group]: whether it belongs to a sequence in use
@@ -100,29 +102,33 @@ def attend(
     plain = ragged.ancestors is None and ragged.kv_position is None and q.dtype == kv.keys.dtype
     if not plain or scale <= 0:  # a maximum of scaled scores is the scaled maximum only above 0
         return xla.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
-    kv = xla.write(kv, k, v, ragged, q.shape[0])
+    if k is not None and v is not None:
+        kv = write(kv, k, v, ragged)
+    ragged, window, first = strided.view(ragged, kv.spec.page_size, window)
     device, rules = devices.current(), Rules(window, softcap, scale)
     decode_tokens = ragged.num_decode_seqs * ragged.width
-    phases = ((_decode_phase(ragged), q[:decode_tokens]), (_prefill_phase(ragged), q[decode_tokens:]))
+    phases = ((_decode_phase(ragged, first), q[:decode_tokens]), (_prefill_phase(ragged, first), q[decode_tokens:]))
     parts = [_attend_phase(phase, rows, kv, ragged.page_table, rules, device) for phase, rows in phases if rows.size]
     out, lse = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     out, lse = with_sinks(out, lse, sinks)
     return out.astype(q.dtype), lse, kv
 
 
-def _decode_phase(ragged: Ragged) -> Phase:
+def _decode_phase(ragged: Ragged, first: jax.Array | None) -> Phase:
     seqs, width = ragged.num_decode_seqs, ragged.width
     kv_len = ragged.kv_len[:seqs]
     start = jnp.arange(seqs, dtype=jnp.int32) * width
     queries = jnp.where(kv_len > 0, width, 0)
-    return Phase("decode", 0, start, queries, width, kv_len, ragged.q_position[: seqs * width])
+    first = None if first is None else first[: seqs * width]
+    return Phase("decode", 0, start, queries, width, kv_len, ragged.q_position[: seqs * width], first)
 
 
-def _prefill_phase(ragged: Ragged) -> Phase:
+def _prefill_phase(ragged: Ragged, first: jax.Array | None) -> Phase:
     seqs, decode_tokens = ragged.num_decode_seqs, ragged.num_decode_seqs * ragged.width
     kv_len, start, position = ragged.kv_len[seqs:], ragged.q_start[seqs:], ragged.q_position[decode_tokens:]
     queries = jnp.where(kv_len > 0, start[1:] - start[:-1], 0)
-    return Phase("prefill", seqs, start[:-1] - decode_tokens, queries, len(position), kv_len, position)
+    first = None if first is None else first[decode_tokens:]
+    return Phase("prefill", seqs, start[:-1] - decode_tokens, queries, len(position), kv_len, position, first)
 
 
 def _attend_phase(
@@ -136,11 +142,13 @@ def _attend_phase(
     size = WARPGROUP_ROWS * (1 if phase.name == "decode" else PREFILL_CONSUMERS)
     tiles = _tiles(phase, group, size, rules.window)
     cut = plan(phase.name, kv.spec, q_heads, len(tiles.bounds), table.shape[1], rules, device)
+    cut = replace(cut, bounded=tiles.first is not None)
     # a tile of one warpgroup may have fewer rows than wgmma takes: no more than these are copied
     rows = size if size > WARPGROUP_ROWS else min(size, phase.most * group + -phase.most * group % 8)
     grouped = q.reshape(num_tokens, kv_heads, group, head_dim)
     tiled = grouped[tiles.token[:, :rows, None], jnp.arange(kv_heads), tiles.head[:, :rows, None]].swapaxes(1, 2)
-    out, lse = kernels.attend_tiles(tiled, kv.keys, kv.values, table, tiles.bounds, tiles.position, cut)
+    position = tiles.position if tiles.first is None else jnp.concatenate([tiles.position, tiles.first], axis=1)
+    out, lse = kernels.attend_tiles(tiled, kv.keys, kv.values, table, tiles.bounds, position, cut)
     return _untiled(tiles, out, lse[..., :rows], num_tokens)
 
 
@@ -171,8 +179,9 @@ def _tiles(phase: Phase, group: int, size: int, window: int | None) -> Tiles:
     used = (local < (phase.queries * group)[seq][:, None]) & (tile < first_tile[-1])[:, None]
     token = jnp.clip(phase.start[seq][:, None] + local // group, 0, num_tokens - 1)
     position = jnp.where(used, phase.position[token], -1)
-    bounds = _bounds(seq + phase.first_seq, position, phase.kv_len[seq], window)
-    return Tiles(bounds, token, local % group, position, *_places(phase, group, size, first_tile))
+    first = None if phase.first is None else phase.first[token]
+    bounds = _bounds(seq + phase.first_seq, used, position, first, phase.kv_len[seq], window)
+    return Tiles(bounds, token, local % group, position, first, *_places(phase, group, size, first_tile))
 
 
 def _places(phase: Phase, group: int, size: int, first_tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -184,13 +193,18 @@ def _places(phase: Phase, group: int, size: int, first_tile: jax.Array) -> tuple
     return jnp.where(valid, first_tile[seq] + local // size, 0), jnp.where(valid, local % size, 0), valid
 
 
-def _bounds(seq: jax.Array, position: jax.Array, kv_len: jax.Array, window: int | None) -> jax.Array:
+def _bounds(
+    seq: jax.Array, used: jax.Array, position: jax.Array, first: jax.Array | None, kv_len: jax.Array, window: int | None
+) -> jax.Array:
     """i32[tiles, 6]: sequence, rows [begin, end) that any and that all its rows see, rows in use."""
-    latest = jnp.max(position, axis=1)
-    earliest = jnp.minimum(jnp.min(jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position), axis=1), latest)
-    since = lambda query: jnp.zeros_like(query) if window is None else jnp.maximum(query - window + 1, 0)
+    lowest = lambda x: jnp.min(jnp.where(used, x, jnp.iinfo(jnp.int32).max), axis=1)
+    highest = lambda x: jnp.max(jnp.where(used, x, -1), axis=1)
+    if first is None:
+        first = jnp.zeros_like(position) if window is None else jnp.maximum(position - window + 1, 0)
     until = lambda query: jnp.minimum(query + 1, kv_len)
-    columns = (seq, since(earliest), until(latest), since(latest), until(earliest), kv_len)
+    latest = highest(position)
+    earliest = jnp.minimum(lowest(position), latest)
+    columns = (seq, jnp.minimum(lowest(first), latest + 1), until(latest), highest(first), until(earliest), kv_len)
     return jnp.stack([column.astype(jnp.int32) for column in columns], axis=1)
 
 

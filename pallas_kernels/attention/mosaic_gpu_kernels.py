@@ -43,6 +43,7 @@ class Plan:
     slots: int  # blocks a stream can hold in shared memory
     programs: int  # persistent thread blocks
     probabilities: str  # the route from softmax to the second product: "registers" | "smem"
+    bounded: bool = False  # whether query rows come with the first K/V row they see, which then no window says
 
     @property
     def rows(self) -> int:
@@ -71,7 +72,8 @@ def attend_tiles(
     """Attention of every tile of query rows, in `plan.parts` partial results that merge by log-sum-exp.
 
     `q [tiles, kv_heads, rows, head_dim]` with `rows` a multiple of 8 up to `plan.rows`; `keys, values [pages, kv_heads,
-    page_size, head_dim]`; `table i32[seqs, pages_per_seq]`; `bounds i32[tiles, 6]`; `position i32[tiles, plan.rows]`.
+    page_size, head_dim]`; `table i32[seqs, pages_per_seq]`; `bounds i32[tiles, 6]`; `position i32[tiles, plan.rows]`,
+    and where `plan.bounded` as many columns more: the first K/V row that each query row sees.
     Returns `out [tiles, kv_heads, parts, rows, head_dim]`, `lse f32[tiles, kv_heads, parts, plan.rows]`.
     """
     tiles, kv_heads, rows, head_dim = q.shape
@@ -316,12 +318,12 @@ def _consume(refs: Refs, plan: Plan, warpgroup: Any) -> None:
         part = split * plan.streams + stream
         first, end = _blocks_of(refs, plan, tile, part)
         plgpu.barrier_wait(refs.q_full)
-        rows = refs.position.at[tile, pl.ds(reader * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-        position = plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        position = _of_rows(refs, tile, 0, reader)
+        since = _of_rows(refs, tile, plan.rows, reader) if plan.bounded else None
 
         def attend(masked: bool, block: Any, state: Any) -> Any:
             slot = stream * plan.slots + lax.rem(step + block - first, plan.slots)
-            mask = (block * plan.block, position, refs.bounds[tile, KV_LEN]) if masked else None
+            mask = (block * plan.block, position, since, refs.bounds[tile, KV_LEN]) if masked else None
             return _attend_block(refs, plan, warpgroup, reader, slot, state, mask)
 
         # blocks [full_begin, full_end) are seen by all rows of the tile
@@ -331,7 +333,7 @@ def _consume(refs: Refs, plan: Plan, warpgroup: Any) -> None:
         state = _empty(head_dim)
         # half a step apart: the second warpgroup begins when the first has issued its first product
         pl.when(warpgroup == 1)(lambda: _end_turn(refs, plan))
-        if plan.window is not None:
+        if plan.window is not None or plan.bounded:
             state = lax.fori_loop(first, full_begin, partial(attend, True), state)
         state = lax.fori_loop(full_begin, full_end, partial(attend, False), state)
         state = lax.fori_loop(full_end, end, partial(attend, True), state)
@@ -341,6 +343,12 @@ def _consume(refs: Refs, plan: Plan, warpgroup: Any) -> None:
         return step + end - first
 
     _for_each_item(refs, plan, item, jnp.int32(0))
+
+
+def _of_rows(refs: Refs, tile: Any, first: int, reader: Any) -> Any:
+    """What `position` has, from column `first` on, for the 64 query rows of a warpgroup."""
+    columns = refs.position.at[tile, pl.ds(first + reader * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+    return plgpu.load(columns, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def _end_turn(refs: Refs, plan: Plan) -> None:
@@ -363,7 +371,7 @@ def _empty(head_dim: int) -> tuple[Any, Any, Any]:
 def _attend_block(
     refs: Refs, plan: Plan, warpgroup: Any, reader: Any, slot: Any, state: tuple[Any, Any, Any], mask: Any
 ) -> tuple[Any, Any, Any]:
-    """One step of online softmax over the block in `slot`; `mask`: its first row, row positions, rows in use."""
+    """One step of online softmax over the block in `slot`; `mask`: what `_seen` takes, None where all is seen."""
     weighted, highest, total = state
     shape = (WARPGROUP_ROWS, plan.block)
 
@@ -391,11 +399,13 @@ def _attend_block(
     return weighted, above, total
 
 
-def _seen(plan: Plan, shape: tuple[int, int], begin: Any, position: Any, kv_len: Any) -> Any:
+def _seen(plan: Plan, shape: tuple[int, int], begin: Any, position: Any, since: Any, kv_len: Any) -> Any:
     """bool[64, block]: which rows each query row sees."""
     row = begin + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     query = lax.broadcast_in_dim(position, shape, [0])
     seen = (row <= query) & (row < kv_len)
+    if plan.bounded:
+        seen &= row >= lax.broadcast_in_dim(since, shape, [0])
     return seen if plan.window is None else seen & (row > query - plan.window)
 
 

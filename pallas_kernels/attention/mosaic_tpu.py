@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import devices, tuning
-from pallas_kernels.attention import KVSpec, Ragged, UnsupportedError, storage
+from pallas_kernels.attention import KVSpec, Ragged, UnsupportedError, storage, strided
 from pallas_kernels.attention import mosaic_tpu_kernel as kernel
 from pallas_kernels.attention.mosaic_tpu_kernel import LANES, Inputs, Items, Plan
 from pallas_kernels.attention.mosaic_tpu_pages import (
@@ -28,7 +28,7 @@ from pallas_kernels.attention.mosaic_tpu_pages import (
 )
 from pallas_kernels.devices import MIB, Device
 
-__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write_pages"]
+__all__ = ["allocate", "attend", "copy_pages", "move_rows", "read_pages", "refuse", "write", "write_pages"]
 
 LEAST_TOKENS = 16  # of a prefill block
 HEAD_DIM_STEP = 16  # rows of a 16-bit tile: K and V halves of a page stay aligned
@@ -54,14 +54,23 @@ def refuse(*, spec: KVSpec, q_heads: int, device: Device) -> str | None:
     return None
 
 
+class Batch(NamedTuple):
+    """The sequences of a call."""
+
+    whole: Ragged  # as the caller has them
+    here: Ragged  # in terms of the rows that lie here; the same where all do
+    first: jax.Array | None  # i32[tokens]: the first row here that each token sees, where no window says it
+    span: int | None  # rows, of those that lie here, that a token sees at most; None: all
+
+
 class Phase(NamedTuple):
     """The part of a call that one kernel call serves, in the kernel's own terms."""
 
     plan: Plan
     items: Items
-    q: jax.Array  # [q_blocks, kv_heads, q_rows, head_dim]
+    tiles: Callable[[jax.Array], jax.Array]  # q of the call -> [q_blocks, kv_heads, q_rows, head_dim]
     lanes: Callable[[jax.Array], jax.Array]  # [tokens, ...] of the call -> [token_blocks * token_lanes, ...]
-    unblock: Callable[[jax.Array], jax.Array]  # like q, head_dim or not -> [tokens of the phase, q_heads, ...]
+    unblock: Callable[[jax.Array], jax.Array]  # tiles, head_dim or not -> [tokens of the phase, q_heads, ...]
 
 
 def attend(
@@ -76,14 +85,14 @@ def attend(
     sinks: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, MosaicKV]:
-    rules = {"window": window, "softcap": softcap, "scale": scale, "writes": k is not None}
-    phases = [_decode] if ragged.num_decode_seqs else []
-    if ragged.kv_len.shape[0] > ragged.num_decode_seqs and q.shape[0] > ragged.num_decode_seqs * ragged.width:
-        phases.append(_prefill)
+    page_size = kv.spec.page_size
+    view = strided.view(ragged, page_size, window)
+    span = window if window is None or ragged.page_stride == 1 else -(-window // ragged.page_stride) + page_size
+    batch = Batch(ragged, view.ragged, view.first, span)
+    rules = {"window": view.window, "softcap": softcap, "scale": scale, "writes": k is not None}
     outs, lses = [], []
-    for make in phases:
-        phase = make(q, kv, ragged, rules)
-        out, lse, kv = _run(phase, k, v, kv, ragged, sinks)
+    for phase in _phases(jax.typeof(q), kv, batch, rules):
+        out, lse, kv = _run(phase, q, k, v, kv, batch, sinks)
         outs.append(phase.unblock(out))
         lses.append(phase.unblock(lse[..., : phase.plan.q_rows]))
     padding = q.shape[0] - sum(map(len, outs))  # tokens after the last decode sequence where no others are
@@ -92,13 +101,40 @@ def attend(
     return jnp.concatenate(outs), jnp.concatenate(lses), kv
 
 
+def write(kv: MosaicKV, k: jax.Array, v: jax.Array, ragged: Ragged) -> MosaicKV:
+    """By the same kernel, without queries: each page that gets new rows is read, completed and written back."""
+    batch = Batch(ragged, strided.view(ragged, kv.spec.page_size, None).ragged, None, 0)
+    rules = {"window": None, "softcap": None, "scale": 1.0, "writes": True, "attends": False}
+    for phase in _phases(jax.ShapeDtypeStruct(k.shape, jnp.bfloat16), kv, batch, rules):
+        _, _, kv = _run(phase, None, k, v, kv, batch, None)
+    return kv
+
+
+def _phases(q: Any, kv: MosaicKV, batch: Batch, rules: dict[str, Any]) -> list[Phase]:
+    """`q`: its shape and dtype."""
+    decode_seqs, width = batch.whole.num_decode_seqs, batch.whole.width
+    phases = [_decode(q, kv, batch, rules)] if decode_seqs else []
+    if batch.whole.kv_len.shape[0] > decode_seqs and q.shape[0] > decode_seqs * width:
+        phases.append(_prefill(q, kv, batch, rules))
+    return phases
+
+
 def _run(
-    phase: Phase, k: jax.Array | None, v: jax.Array | None, kv: MosaicKV, ragged: Ragged, sinks: jax.Array | None
-) -> tuple[jax.Array, jax.Array, MosaicKV]:
-    plan = phase.plan
-    tokens = [phase.lanes(ragged.q_position)[None]]
-    if ragged.ancestors is not None:
-        tokens.append(phase.lanes(lax.bitcast_convert_type(ragged.ancestors, jnp.int32)).T)
+    phase: Phase,
+    q: jax.Array | None,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    kv: MosaicKV,
+    batch: Batch,
+    sinks: jax.Array | None,
+) -> tuple[Any, Any, MosaicKV]:
+    plan, ragged = phase.plan, batch.here
+    tokens = None
+    if plan.attends:
+        words = [phase.lanes(x)[None] for x in (ragged.q_position, batch.first) if x is not None]
+        if ragged.ancestors is not None:
+            words.append(phase.lanes(lax.bitcast_convert_type(ragged.ancestors, jnp.int32)).T)
+        tokens = jnp.concatenate(words)
     new = new_scales = None
     if k is not None and v is not None:
         new, new_scales = _new_rows(phase.lanes(k), phase.lanes(v), kv.spec)
@@ -112,8 +148,8 @@ def _run(
         table=table,
         next_table=table,
         sinks=None if sinks is None else sinks.astype(jnp.float32),
-        tokens=jnp.concatenate(tokens),
-        q=phase.q,
+        tokens=tokens,
+        q=None if q is None else phase.tiles(q),
         new=new,
         new_scales=new_scales,
         positions=positions,
@@ -147,18 +183,20 @@ def _round_up(n: int, step: int) -> int:
 # ---- decode: an item is a sequence -------------------------------------------------------------------------------
 
 
-def _decode(q: jax.Array, kv: MosaicKV, ragged: Ragged, rules: dict[str, Any]) -> Phase:
+def _decode(q: Any, kv: MosaicKV, batch: Batch, rules: dict[str, Any]) -> Phase:
     """The decode sequences, `width` tokens each at lanes that no token block boundary cuts."""
-    seqs, width, (_, q_heads, head_dim) = ragged.num_decode_seqs, ragged.width, q.shape
+    seqs, width, (_, q_heads, head_dim) = batch.whole.num_decode_seqs, batch.whole.width, q.shape
     kv_heads = kv.spec.kv_heads
     group = q_heads // kv_heads
     stride = 1 << (width - 1).bit_length()  # lanes per sequence
     token_lanes = max(stride, LANES)
     rows = _round_up(width * group, 16 if q.dtype == jnp.bfloat16 else 8)
-    plan = _plan("decode", q, kv, rules, ragged, q_rows=lambda _: rows, decode_lanes=token_lanes)
-    tiles = q[: seqs * width].reshape(seqs, width, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
-    tiles = _pad(tiles.reshape(seqs, kv_heads, width * group, head_dim), 2, rows)
-    items = _decode_items(plan, ragged, stride)
+    plan = _plan("decode", q, kv, rules, batch, q_rows=lambda _: rows, decode_lanes=token_lanes)
+    items = _decode_items(plan, batch, stride)
+
+    def tiles(x: jax.Array) -> jax.Array:
+        x = x[: seqs * width].reshape(seqs, width, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
+        return _pad(x.reshape(seqs, kv_heads, width * group, head_dim), 2, rows)
 
     def lanes(x: jax.Array) -> jax.Array:
         x = _pad(x[: seqs * width].reshape(seqs, width, *x.shape[1:]), 1, stride)
@@ -172,16 +210,17 @@ def _decode(q: jax.Array, kv: MosaicKV, ragged: Ragged, rules: dict[str, Any]) -
     return Phase(plan, items, tiles, lanes, unblock)
 
 
-def _decode_items(plan: Plan, ragged: Ragged, stride: int) -> Items:
+def _decode_items(plan: Plan, batch: Batch, stride: int) -> Items:
     """`stride`: lanes per sequence."""
+    ragged = batch.whole
     seqs, width = ragged.num_decode_seqs, ragged.width
     seq = jnp.arange(seqs, dtype=jnp.int32)
     lane = seq * stride % plan.token_lanes
     first_row = ragged.kv_len[:seqs] - width
-    positions = ragged.q_position[: seqs * width].reshape(seqs, width)
+    positions, firsts = (x[: seqs * width].reshape(seqs, width) for x in _bounds(batch))
     return _items(
         plan,
-        ragged,
+        batch,
         q_block=seq,
         token_block=seq * stride // plan.token_lanes,
         seq=seq,
@@ -190,7 +229,7 @@ def _decode_items(plan: Plan, ragged: Ragged, stride: int) -> Items:
         first_lane=lane,
         first_row=first_row,
         query_row=first_row,
-        lowest=jnp.min(positions, axis=1),
+        lowest=jnp.min(firsts, axis=1),
         highest=jnp.max(positions, axis=1),
     )
 
@@ -198,19 +237,21 @@ def _decode_items(plan: Plan, ragged: Ragged, stride: int) -> Items:
 # ---- prefill: an item is what a block of packed tokens shares with a sequence ------------------------------------
 
 
-def _prefill(q: jax.Array, kv: MosaicKV, ragged: Ragged, rules: dict[str, Any]) -> Phase:
+def _prefill(q: Any, kv: MosaicKV, batch: Batch, rules: dict[str, Any]) -> Phase:
     """All other tokens in aligned blocks, so that nothing is sliced where no tile begins; items cut blocks in masks."""
-    first = ragged.num_decode_seqs * ragged.width
+    first = batch.whole.num_decode_seqs * batch.whole.width
     num_tokens, (_, q_heads, head_dim) = q.shape[0] - first, q.shape
     kv_heads = kv.spec.kv_heads
     group = q_heads // kv_heads
-    plan = _plan("prefill", q, kv, rules, ragged, q_rows=lambda tokens: tokens * group)
+    plan = _plan("prefill", q, kv, rules, batch, q_rows=lambda tokens: tokens * group)
     block = plan.q_rows // group  # tokens
     padded = _round_up(num_tokens, plan.token_lanes)
     blocks = padded // block
-    tiles = _pad(q[first:], 0, padded).reshape(blocks, block, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
-    tiles = tiles.reshape(blocks, kv_heads, block * group, head_dim)
-    items = _prefill_items(plan, ragged, padded)
+    items = _prefill_items(plan, batch, padded)
+
+    def tiles(x: jax.Array) -> jax.Array:
+        x = _pad(x[first:], 0, padded).reshape(blocks, block, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
+        return x.reshape(blocks, kv_heads, block * group, head_dim)
 
     def unblock(x: jax.Array) -> jax.Array:
         """`[blocks, kv_heads, block * group, ...]` -> `[tokens, q_heads, ...]`"""
@@ -220,8 +261,9 @@ def _prefill(q: jax.Array, kv: MosaicKV, ragged: Ragged, rules: dict[str, Any]) 
     return Phase(plan, items, tiles, lambda x: _pad(x[first:], 0, padded), unblock)
 
 
-def _prefill_items(plan: Plan, ragged: Ragged, num_lanes: int) -> Items:
+def _prefill_items(plan: Plan, batch: Batch, num_lanes: int) -> Items:
     """Cut the packed tokens, padded to `num_lanes`, where a block or a sequence begins; some cuts coincide."""
+    ragged = batch.whole
     first, block = ragged.num_decode_seqs * ragged.width, plan.q_rows // plan.group
     blocks = num_lanes // block
     starts = ragged.q_start[ragged.num_decode_seqs : -1] - first  # i32[seqs]: where sequences begin
@@ -234,12 +276,13 @@ def _prefill_items(plan: Plan, ragged: Ragged, num_lanes: int) -> Items:
     used = (nth >= 0) & (ragged.kv_len[seq] > 0)
     q_block = jnp.minimum(points // block, blocks - 1)
     lane = q_block * block % plan.token_lanes
-    positions = _pad(ragged.q_position[first:], 0, num_lanes).reshape(blocks, block)[q_block]  # i32[items, block]
+    by_block = (_pad(x[first:], 0, num_lanes).reshape(blocks, block) for x in _bounds(batch))
+    positions, firsts = (x[q_block] for x in by_block)  # i32[items, block]
     token = q_block[:, None] * block + jnp.arange(block)[None, :]
     mine = (token >= points[:, None]) & (token < after[:, None])
     return _items(
         plan,
-        ragged,
+        batch,
         q_block=q_block,
         token_block=q_block * block // plan.token_lanes,
         seq=seq,
@@ -248,7 +291,7 @@ def _prefill_items(plan: Plan, ragged: Ragged, num_lanes: int) -> Items:
         first_lane=lane,
         first_row=query_row + points - start,
         query_row=query_row,
-        lowest=jnp.min(jnp.where(mine, positions, jnp.iinfo(jnp.int32).max), axis=1),
+        lowest=jnp.min(jnp.where(mine, firsts, jnp.iinfo(jnp.int32).max), axis=1),
         highest=jnp.max(jnp.where(mine, positions, -1), axis=1),
     )
 
@@ -256,23 +299,27 @@ def _prefill_items(plan: Plan, ragged: Ragged, num_lanes: int) -> Items:
 # ---- both --------------------------------------------------------------------------------------------------------
 
 
-def _items(plan: Plan, ragged: Ragged, *, lowest: jax.Array, highest: jax.Array, **fields: jax.Array) -> Items:
-    """The work items. `lowest`, `highest`: the positions, among an item's tokens, that bound the rows they see."""
-    num_tokens, first_row, seq = fields.pop("num_tokens"), fields["first_row"], fields["seq"]
-    kv_len = ragged.kv_len[seq]
-    first_seen = jnp.zeros_like(first_row)
-    if plan.window is not None:
-        gone = lowest - plan.window  # the highest position that has slid out
-        if ragged.kv_position is None:
-            first_seen = gone + 1
-        else:
-            in_use = jnp.arange(ragged.kv_position.shape[1]) < kv_len[:, None]
-            first_seen = jnp.sum(in_use & (ragged.kv_position[seq] <= gone[:, None]), axis=1, dtype=jnp.int32)
+def _bounds(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """i32[tokens] twice: positions, and what says where the rows that tokens see begin: their own, or positions."""
+    positions = batch.here.q_position
+    return positions, positions if batch.first is None else batch.first
+
+
+def _items(plan: Plan, batch: Batch, *, lowest: jax.Array, highest: jax.Array, **fields: jax.Array) -> Items:
+    """The work items. `lowest`, `highest`: of what `_bounds` gives of an item's tokens."""
+    ragged, seq, num_tokens, new_row = batch.here, fields["seq"], fields.pop("num_tokens"), fields["first_row"]
+    end_row = new_row + num_tokens
+    if plan.page_stride > 1:
+        fields["new_row"] = new_row
+        fields["page_offset"] = strided.offset(batch.whole)[None]
+        fields["first_row"], end_row = (strided.held(batch.whole, x, plan.page_size) for x in (new_row, end_row))
+    first_seen = _first_seen(plan, batch, seq, lowest)
+    first_row, kv_len = fields["first_row"], ragged.kv_len[seq]
     if plan.writes:  # later rows of the call are not there yet
-        end_row = first_row + num_tokens
+        first_seen = jnp.minimum(first_seen, first_row) if plan.attends else first_row
     else:
         end_row = kv_len if ragged.kv_position is not None else jnp.minimum(kv_len, highest + 1)
-    first_page = jnp.maximum(jnp.minimum(first_seen, first_row), 0) // plan.page_size
+    first_page = jnp.maximum(first_seen, 0) // plan.page_size
     pages = -(-end_row // plan.page_size) - first_page
     used = (num_tokens > 0) & (pages > 0)  # tokens before row 0 see nothing
     steps = jnp.where(used, -(-pages // plan.pages_per_step), 0)
@@ -289,12 +336,26 @@ def _items(plan: Plan, ragged: Ragged, *, lowest: jax.Array, highest: jax.Array,
     )
 
 
+def _first_seen(plan: Plan, batch: Batch, seq: jax.Array, lowest: jax.Array) -> jax.Array:
+    """i32[items]: the first row that any of an item's tokens sees."""
+    if plan.bounded:
+        return lowest
+    if plan.window is None:
+        return jnp.zeros_like(lowest)
+    gone = lowest - plan.window  # the highest position that has slid out
+    kv_position = batch.here.kv_position
+    if kv_position is None:
+        return gone + 1
+    in_use = jnp.arange(kv_position.shape[1]) < batch.here.kv_len[seq][:, None]
+    return jnp.sum(in_use & (kv_position[seq] <= gone[:, None]), axis=1, dtype=jnp.int32)
+
+
 def _plan(
     phase: str,
-    q: jax.Array,
+    q: Any,
     kv: MosaicKV,
     rules: dict[str, Any],
-    ragged: Ragged,
+    batch: Batch,
     *,
     q_rows: Callable[[int], int],
     decode_lanes: int | None = None,
@@ -307,23 +368,23 @@ def _plan(
         raise UnsupportedError(f"q dtype {q.dtype} is not one of bfloat16, float32, which TPUs compute in")
     q_heads = q.shape[1]
     blocks = {} if decode_lanes else {"tokens": _prefill_tokens(spec, q_heads, q.shape[0], device)}
-    tokens = blocks.get("tokens", ragged.width)
-    seen_rows = ragged.page_table.shape[1] * spec.page_size
-    if rules["window"] is not None:
-        seen_rows = min(seen_rows, rules["window"] + tokens)
+    tokens = blocks.get("tokens", batch.whole.width)
+    seen_rows = batch.here.page_table.shape[1] * spec.page_size
+    if batch.span is not None:
+        seen_rows = min(seen_rows, batch.span + tokens)
     default = {"pages_per_step": _pages_per_step(spec, q_heads, tokens, seen_rows, device), **blocks}
     sizes = tuning.block_sizes(
         "attention.mosaic_tpu",
         device,
         default,
-        phase=phase,
+        phase=phase if rules.get("attends", True) else f"write {phase}",
         dtype=q.dtype.name,
         kv_dtype=kv.dtype,
         q_heads=q_heads,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         page_size=spec.page_size,
-        window=rules["window"],
+        window=batch.span,
     )
     tokens = decode_lanes or sizes["tokens"]
     token_lanes = max(tokens, LANES)
@@ -345,6 +406,8 @@ def _plan(
         token_lanes=token_lanes,
         pages_per_step=sizes["pages_per_step"],
         vmem_bytes=_vmem_budget(device) * 3 // 2,
+        bounded=batch.first is not None,
+        page_stride=batch.whole.page_stride,
         **rules,
     )
 

@@ -41,8 +41,11 @@ class Plan:
     window: int | None
     softcap: float | None
     scale: float
-    writes: bool  # whether the call brings new rows
     vmem_bytes: int
+    writes: bool  # whether the call brings new rows
+    attends: bool = True  # whether it has queries
+    bounded: bool = False  # whether tokens come with the first row they see
+    page_stride: int = 1  # columns of the whole page table from one page that lies here to the next
 
     @property
     def step_rows(self) -> int:
@@ -63,12 +66,14 @@ class Items(NamedTuple):
     first_token: Any  # lane of the first token in its token block
     num_tokens: Any
     first_lane: Any  # lane of the token that row 0 of the query block stands for
-    first_row: Any  # the first token's row in its sequence; the others follow
+    first_row: Any  # the first token's row among the sequence's that lie here; the others follow, or lie elsewhere
     end_row: Any  # one past the last row that any token sees; where rows are written, past the last token's own
     first_page: Any  # first column of the page table that any token sees
     query_row: Any  # the sequence's first query token's row: bit 0 of `ancestors`
     slot: Any  # buffer of the first step
     following: Any  # the next used item, -1 for none
+    new_row: Any = None  # the first token's row in its whole sequence, where that is not first_row
+    page_offset: Any = None  # i32[1]: the first column of the whole page table that lies here
 
 
 class Inputs(NamedTuple):
@@ -77,7 +82,7 @@ class Inputs(NamedTuple):
     table: Any  # SMEM i32[1, pages_per_seq]: the item's sequence
     next_table: Any  # SMEM i32[1, pages_per_seq]: the following item's
     sinks: Any  # SMEM f32[q_heads]
-    tokens: Any  # i32[1 + words, token_lanes]: position, then words of ancestors
+    tokens: Any  # i32[words, token_lanes]: position, the first row seen where bounded, then words of ancestors
     q: Any  # [kv_heads, q_rows, head_dim]
     new: Any  # [kv_heads, 2 * rows, token_lanes]: K above V, as the pool holds them
     new_scales: Any  # f32[kv_heads, 2, token_lanes]
@@ -89,7 +94,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """`pool` and `scales` are the inputs' own memory; None where nothing is written."""
 
-    out: Any  # [kv_heads, q_rows, head_dim]
+    out: Any  # [kv_heads, q_rows, head_dim]; None, as lse, where there are no queries
     lse: Any  # f32[kv_heads, lines, LANES]: query row r at line r // LANES, lane r % LANES
     pool: Any
     scales: Any
@@ -103,7 +108,7 @@ class Scratch(NamedTuple):
     highest: Any  # f32[kv_heads, q_rows, LANES], equal along lanes
     total: Any  # f32[kv_heads, q_rows, LANES], equal along lanes
     weighted: Any  # f32[kv_heads, q_rows, head_dim]
-    columns: Any  # i32[1 + words, q_rows, LANES]: the block's tokens turned into a column, equal along lanes
+    columns: Any  # i32[words, q_rows, LANES]: the block's tokens turned into a column, equal along lanes
     arrived: Any  # DMA semaphores [SLOTS]
     written: Any  # DMA semaphore
 
@@ -131,6 +136,14 @@ class Work:
     def end_page(self, item: Any) -> Any:
         return pl.cdiv(self.items.end_row[item], self.plan.page_size)
 
+    def token_shift(self, column: Any) -> Any:
+        """The lane, in the page of a column, of the token at lane 0 of the token block."""
+        new_row = self.first_row
+        if self.plan.page_stride > 1:
+            new_row = self.items.new_row[self.item]
+            column = column * self.plan.page_stride + self.items.page_offset[0]
+        return new_row - self.items.first_token[self.item] - column * self.plan.page_size
+
     @property
     def num_steps(self) -> Any:
         """0 for an unused item."""
@@ -156,10 +169,12 @@ def body(items: Items, inputs: Inputs, outputs: Outputs, scratch: Scratch, *, pl
     item, last = pl.program_id(1), pl.num_programs(1) - 1
     work = Work(plan, items, inputs, outputs, scratch, pl.program_id(0), item)
     before, after = jnp.maximum(item - 1, 0), jnp.minimum(item + 1, last)
-    pl.when((item == 0) | (items.q_block[before] != items.q_block[item]))(partial(_begin, work))
+    if plan.attends:
+        pl.when((item == 0) | (items.q_block[before] != items.q_block[item]))(partial(_begin, work))
     pl.when(item == 0)(partial(_prime, work))
     lax.fori_loop(0, work.num_steps, lambda step, _: _step(work, step), None)
-    pl.when((item == last) | (items.q_block[after] != items.q_block[item]))(partial(_finish, work))
+    if plan.attends:
+        pl.when((item == last) | (items.q_block[after] != items.q_block[item]))(partial(_finish, work))
 
 
 def _begin(work: Work) -> None:
@@ -232,7 +247,8 @@ def _step(work: Work, step: Any) -> None:
     _complete(work, step, slot)
     if work.plan.writes:
         _write_back(work, step, slot, lambda copy: copy.start())
-    _attend(work, step, slot)
+    if work.plan.attends:
+        _attend(work, step, slot)
     if work.plan.writes:
         _write_back(work, step, slot, lambda copy: copy.wait())
         _fetch_following(work, is_last & reads_what_is_written)
@@ -251,7 +267,7 @@ def _complete(work: Work, step: Any, slot: Any) -> None:
 
     def complete(n: Any, _: None) -> None:
         place, h = n // plan.kv_heads, n % plan.kv_heads
-        _complete_head(work, slot, place, h, (first + place) * plan.page_size)
+        _complete_head(work, slot, place, h, first + place)
 
     def clear(place: Any, _: None) -> None:
         for _, buffer in work.pools():
@@ -261,18 +277,18 @@ def _complete(work: Work, step: Any, slot: Any) -> None:
     lax.fori_loop(copied, plan.pages_per_step, clear, None)
 
 
-def _complete_head(work: Work, slot: Any, place: Any, h: Any, start: Any) -> None:
-    """One head of a page whose lane 0 is row `start` of the sequence."""
+def _complete_head(work: Work, slot: Any, place: Any, h: Any, column: Any) -> None:
+    """One head of the page in a column of the table."""
     inputs, size = work.inputs, work.plan.page_size
-    row = start + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    row = column * size + lax.broadcasted_iota(jnp.int32, (1, size), 1)
     is_old, is_new = row < work.first_row, (row >= work.first_row) & (row < work.end_row)
     for (_, buffer), new in zip(work.pools(), (inputs.new, inputs.new_scales), strict=False):
         old = pltpu.bitcast(buffer[slot, place, h], jnp.int32)
         if new is None:
             page = jnp.where(row < work.end_row, old, 0)
         else:
-            shift = work.first_row - work.items.first_token[work.item] - start
-            page = jnp.where(is_new, _rotated(new[h], shift, size), jnp.where(is_old, old, 0))
+            rotated = _rotated(new[h], work.token_shift(column), size)
+            page = jnp.where(is_new, rotated, jnp.where(is_old, old, 0))
         buffer[slot, place, h] = pltpu.bitcast(page, buffer.dtype)
 
 
@@ -353,11 +369,14 @@ def _visible(work: Work, step: Any) -> jax.Array:
     visible = (position <= query) & (row < work.end_row)
     if plan.window is not None:
         visible &= position > query - plan.window
+    if plan.bounded:
+        visible &= row >= work.scratch.columns[1][:, :1]
     node = row - items.query_row[item]
-    for word in range(1, work.scratch.columns.shape[0]):
+    first_word = 2 if plan.bounded else 1
+    for word in range(first_word, work.scratch.columns.shape[0]):
         bits = work.scratch.columns[word][:, :1]
         seen = (lax.shift_right_logical(*jnp.broadcast_arrays(bits, node & 31)) & 1) == 1
-        visible &= seen | (node < 0) | (node // 32 != word - 1)
+        visible &= seen | (node < 0) | (node // 32 != word - first_word)
     return visible
 
 
@@ -416,56 +435,66 @@ def _store_lse(target: Any, h: Any, lse: jax.Array) -> None:
         target[h, line : line + 1, :] = jnp.sum(jnp.where(diagonal, part, 0.0), axis=0, keepdims=True)
 
 
-def call(items: Items, inputs: Inputs, *, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+def call(
+    items: Items, inputs: Inputs, *, plan: Plan
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array | None]:
     """Run the kernel on whole arrays: tables `[seqs, 1, pages_per_seq]`, positions `[seqs, pages_per_seq, page_size]`,
     q `[q_blocks, kv_heads, q_rows, head_dim]`, tokens and new rows with all tokens in their last axis.
 
-    Returns out like q, lse `f32[q_blocks, kv_heads, LANES * n]`, and the pools after the call.
+    Returns out like q, lse `f32[q_blocks, kv_heads, LANES * n]` (None without queries), and the pools after the call.
     """
-    blocks, kv_heads, _, _ = inputs.q.shape
-    lines = pl.cdiv(plan.q_rows, LANES)
     pool = pl.BlockSpec(memory_space=pl.ANY)
-    q_block = pl.BlockSpec((None, plan.kv_heads, *inputs.q.shape[2:]), lambda c, i, items: (items.q_block[i], c, 0, 0))
-    lse_block = pl.BlockSpec((None, plan.kv_heads, lines, LANES), lambda c, i, items: (items.q_block[i], c, 0, 0))
-    out_shape = Outputs(
-        out=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
-        lse=jax.ShapeDtypeStruct((blocks, kv_heads, lines, LANES), jnp.float32),
-        pool=_shape_of(inputs.pool) if plan.writes else None,
-        scales=_shape_of(inputs.scales) if plan.writes else None,
-    )
-    out_specs = Outputs(q_block, lse_block, *(None if x is None else pool for x in (out_shape.pool, out_shape.scales)))
+    out_shape, out_specs = _output_blocks(inputs, plan, pool)
     num_before = len(jax.tree.leaves((items, inputs._replace(pool=None, scales=None))))
     num_pools = len(jax.tree.leaves((inputs.pool, inputs.scales)))
+    num_results = 2 if plan.attends else 0
     (out,) = pl.pallas_call(
         partial(body, plan=plan),
         out_shape=[out_shape],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(plan.splits, items.seq.shape[0]),
-            in_specs=[_input_blocks(inputs, plan, q_block, pool)],
+            in_specs=[_input_blocks(inputs, plan, pool)],
             out_specs=[out_specs],
             scratch_shapes=[_scratch(inputs, plan)],
         ),
-        input_output_aliases={num_before + n: 2 + n for n in range(num_pools)} if plan.writes else {},
+        input_output_aliases={num_before + n: num_results + n for n in range(num_pools)} if plan.writes else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_bytes
         ),
-        name=f"paged_attention_{plan.kv_dtype}",
+        name=f"paged_attention_{plan.kv_dtype}" if plan.attends else f"paged_write_{plan.kv_dtype}",
     )(items, inputs)
     after = out if plan.writes else inputs
-    return out.out, out.lse.reshape(blocks, kv_heads, lines * LANES), after.pool, after.scales
+    lse = None if out.lse is None else out.lse.reshape(*out.lse.shape[:2], -1)
+    return out.out, lse, after.pool, after.scales
+
+
+def _output_blocks(inputs: Inputs, plan: Plan, pool: Any) -> tuple[Outputs, Outputs]:
+    """Shapes and BlockSpecs of the results that the call has."""
+    pools = (_shape_of(inputs.pool), _shape_of(inputs.scales)) if plan.writes else (None, None)
+    specs = tuple(None if x is None else pool for x in pools)
+    if not plan.attends:
+        return Outputs(None, None, *pools), Outputs(None, None, *specs)
+    lines = pl.cdiv(plan.q_rows, LANES)
+    lse = jax.ShapeDtypeStruct((*inputs.q.shape[:2], lines, LANES), jnp.float32)
+    lse_block = pl.BlockSpec((None, plan.kv_heads, lines, LANES), lambda c, i, items: (items.q_block[i], c, 0, 0))
+    return Outputs(_shape_of(inputs.q), lse, *pools), Outputs(_q_block(inputs, plan), lse_block, *specs)
+
+
+def _q_block(inputs: Inputs, plan: Plan) -> Any:
+    return pl.BlockSpec((None, plan.kv_heads, *inputs.q.shape[2:]), lambda c, i, items: (items.q_block[i], c, 0, 0))
 
 
 def _shape_of(x: jax.Array | None) -> Any:
     return None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _input_blocks(inputs: Inputs, plan: Plan, q_block: Any, pool: Any) -> Inputs:
+def _input_blocks(inputs: Inputs, plan: Plan, pool: Any) -> Inputs:
     """The BlockSpec of each input that the call has."""
     _, _, pages_per_seq = inputs.table.shape
     row = (None, 1, pages_per_seq)
     after = lambda items, i: jnp.maximum(items.following[i], 0)
-    rows = 0 if inputs.new is None else inputs.new.shape[1]
+    words, rows = (0 if x is None else x.shape[axis] for x, axis in ((inputs.tokens, 0), (inputs.new, 1)))
     new = lambda size: pl.BlockSpec(
         (plan.kv_heads, size, plan.token_lanes), lambda c, i, items: (c, 0, items.token_block[i])
     )
@@ -473,8 +502,8 @@ def _input_blocks(inputs: Inputs, plan: Plan, q_block: Any, pool: Any) -> Inputs
         table=pl.BlockSpec(row, lambda c, i, items: (items.seq[i], 0, 0), memory_space=pltpu.SMEM),
         next_table=pl.BlockSpec(row, lambda c, i, items: (items.seq[after(items, i)], 0, 0), memory_space=pltpu.SMEM),
         sinks=pl.BlockSpec(memory_space=pltpu.SMEM),
-        tokens=pl.BlockSpec((inputs.tokens.shape[0], plan.token_lanes), lambda c, i, items: (0, items.token_block[i])),
-        q=q_block,
+        tokens=pl.BlockSpec((words, plan.token_lanes), lambda c, i, items: (0, items.token_block[i])),
+        q=_q_block(inputs, plan) if plan.attends else None,
         new=new(rows),
         new_scales=new(2),
         positions=pl.BlockSpec((None, pages_per_seq, plan.page_size), lambda c, i, items: (items.seq[i], 0, 0)),
@@ -487,14 +516,22 @@ def _input_blocks(inputs: Inputs, plan: Plan, q_block: Any, pool: Any) -> Inputs
 def _scratch(inputs: Inputs, plan: Plan) -> Scratch:
     _, _, rows, _ = inputs.pool.shape
     buffer = lambda n, dtype: pltpu.VMEM((SLOTS, plan.pages_per_step, plan.kv_heads, n, plan.page_size), dtype)
-    column = pltpu.VMEM((plan.kv_heads, plan.q_rows, LANES), jnp.float32)
-    return Scratch(
+    pages = Scratch(
         pages=buffer(rows, inputs.pool.dtype),
         scales=None if inputs.scales is None else buffer(2, jnp.float32),
+        highest=None,
+        total=None,
+        weighted=None,
+        columns=None,
+        arrived=pltpu.SemaphoreType.DMA((SLOTS,)),
+        written=pltpu.SemaphoreType.DMA(()),
+    )
+    if not plan.attends:
+        return pages
+    column = pltpu.VMEM((plan.kv_heads, plan.q_rows, LANES), jnp.float32)
+    return pages._replace(
         highest=column,
         total=column,
         weighted=pltpu.VMEM((plan.kv_heads, plan.q_rows, plan.head_dim), jnp.float32),
         columns=pltpu.VMEM((inputs.tokens.shape[0], plan.q_rows, LANES), jnp.int32),
-        arrived=pltpu.SemaphoreType.DMA((SLOTS,)),
-        written=pltpu.SemaphoreType.DMA(()),
     )

@@ -64,15 +64,17 @@ def attend(
 ) -> tuple[jax.Array, jax.Array, ReferenceKV]:
     num_tokens, q_heads, head_dim = q.shape
     spec = kv.spec
-    page, offset, seq = token_rows(ragged, num_tokens, spec.page_size)
+    seq = token_rows(ragged, num_tokens, spec.page_size)[2]
     if k is not None and v is not None:
-        kv = _write(kv, jnp.stack([k, v], axis=1), page, offset)
+        kv = write(kv, k, v, ragged)
     pages = kv.dequantized()
+    column = jnp.arange(ragged.page_table.shape[1])
+    lies_here = column % ragged.page_stride == (0 if ragged.page_offset is None else ragged.page_offset)
     out = jnp.zeros(q.shape, jnp.float32)
     lse = jnp.full((num_tokens, q_heads), -jnp.inf)
     for s in range(ragged.kv_len.shape[0]):
-        rows = pages[ragged.page_table[s]].reshape(-1, 2, spec.kv_heads, head_dim)
-        seen = _visible(ragged, s, seq == s, rows.shape[0], window)
+        rows = pages[jnp.where(lies_here, ragged.page_table[s], 0)].reshape(-1, 2, spec.kv_heads, head_dim)
+        seen = _visible(ragged, s, seq == s, rows.shape[0], window) & jnp.repeat(lies_here, spec.page_size)[None]
         rows = jnp.where(jnp.any(seen, axis=0)[:, None, None, None], rows, 0.0)  # what nobody sees may be NaN
         keys, values = (jnp.repeat(rows[:, i], q_heads // spec.kv_heads, axis=1) for i in (0, 1))
         scores = jnp.einsum("tnh,rnh->tnr", q.astype(jnp.float32), keys) * scale
@@ -91,7 +93,9 @@ def attend(
     return out.astype(q.dtype), lse, kv
 
 
-def _write(kv: ReferenceKV, rows: jax.Array, page: jax.Array, offset: jax.Array) -> ReferenceKV:
+def write(kv: ReferenceKV, k: jax.Array, v: jax.Array, ragged: Ragged) -> ReferenceKV:
+    page, offset, _ = token_rows(ragged, k.shape[0], kv.spec.page_size)
+    rows = jnp.stack([k, v], axis=1)
     if kv.scales is None:
         return replace(kv, values=kv.values.at[page, offset].set(rows.astype(kv.values.dtype)))
     values, scales = tensors.quantize_rows(rows, kv.dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices, triton_launch, tuning
-from pallas_kernels.attention import KVSpec, Ragged, storage, xla
+from pallas_kernels.attention import KVSpec, Ragged, storage, strided, xla
 from pallas_kernels.attention.xla import XlaKV
 from pallas_kernels.devices import Device
 from pallas_kernels.triton_launch import Launch, power_of_two
@@ -34,6 +34,8 @@ class Rules(NamedTuple):
     """What one call asks for beside its arrays."""
 
     window: int | None
+    first: jax.Array | None  # i32[tokens]: the first row each token sees, where no window says it
+    span: int | None  # rows that a token sees at most; None: all
     softcap: float | None
     sinks: jax.Array | None  # f32[q_heads]
     scale: float
@@ -89,8 +91,12 @@ def attend(
     sinks: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, XlaKV]:
-    kv = xla.write(kv, k, v, ragged, q.shape[0])
-    rules = Rules(window, softcap, sinks, scale)
+    if k is not None and v is not None:
+        kv = xla.write(kv, k, v, ragged)
+    page_size, stride = kv.spec.page_size, ragged.page_stride
+    span = window if window is None or stride == 1 else -(-window // stride) + page_size
+    ragged, window, first = strided.view(ragged, page_size, window)
+    rules = Rules(window, first, span, softcap, sinks, scale)
     decode_tokens = ragged.num_decode_seqs * ragged.width
     device = devices.current()
     parts = []
@@ -117,8 +123,8 @@ def _decode(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules, device: Devic
     items = jnp.stack([sequence, first, stop, queries, ragged.kv_len[sequence]], axis=1)
     work = Work(items, 0, seqs * width)
     rows = ragged.page_table.shape[1] * spec.page_size
-    if rules.window is not None and ragged.kv_position is None:  # else where a window begins is found row by row
-        rows = min(rows, rules.window + blocks.block)
+    if rules.span is not None and ragged.kv_position is None:  # else where a window begins is found row by row
+        rows = min(rows, rules.span + blocks.block)
     splits = _splits(items.shape[0] * spec.kv_heads, rows, blocks, device)
     if splits == 1:
         out, lse = triton_launch.run(_attend(q, kv, ragged, rules, work, blocks, 1), device)
@@ -164,16 +170,15 @@ def _attend(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules, work: Work, b
     packed = kv.keys.dtype == jnp.uint8
     shape = (work.num_tokens, q_heads) if splits == 1 else (splits, work.num_tokens, q_heads)
     absent = ragged.page_table  # stands for an array that the kernel's constants say is not there
-    optional = (ragged.kv_position, ragged.ancestors, rules.sinks)
-    scales = (kv.key_scales, kv.value_scales)
-    kv_position, ancestors, sinks, key_scales, value_scales = (absent if x is None else x for x in (*optional, *scales))
+    optional = (rules.first, ragged.kv_position, ragged.ancestors, rules.sinks, kv.key_scales, kv.value_scales)
+    first, kv_position, ancestors, sinks, key_scales, value_scales = (absent if x is None else x for x in optional)
     compute = _compute_dtype(q, spec)
     return Launch(
         kernel=triton_kernels.attend,
         grid=(work.items.shape[0], spec.kv_heads, splits),
         arguments=(
             *(q, kv.keys, kv.values, key_scales, value_scales, work.items, ragged.page_table, ragged.q_position),
-            *(kv_position, ancestors, sinks),
+            *(first, kv_position, ancestors, sinks),
             *(ragged.page_table.shape[1], kv_position.shape[1], work.first_token, work.num_tokens),
         ),
         outputs=(
@@ -188,6 +193,7 @@ def _attend(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules, work: Work, b
             "PACKED": packed,
             "QUANTIZED": spec.quantized,
             "COMPUTE": getattr(tl, compute),
+            "HAS_FIRST": rules.first is not None,
             "HAS_POSITIONS": ragged.kv_position is not None,
             "WORDS": 0 if ragged.ancestors is None else ragged.ancestors.shape[1],
             "HAS_SINKS": rules.sinks is not None,
@@ -276,7 +282,7 @@ def _blocks(phase: str, rows: int, q: jax.Array, spec: KVSpec, rules: Rules, dev
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         page_size=spec.page_size,
-        window=rules.window,
+        window=rules.span,
     )
     return _checked(Blocks(**measured), q.shape[1] // spec.kv_heads)
 
@@ -296,6 +302,7 @@ def _splits(programs: int, rows: int, blocks: Blocks, device: Device) -> int:
     return max(1, min(wanted, rows // LEAST_SPLIT_ROWS, MOST_SPLITS))
 
 
+write = xla.write
 read_pages = xla.read_pages
 write_pages = xla.write_pages
 copy_pages = xla.copy_pages

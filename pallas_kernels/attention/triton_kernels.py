@@ -27,6 +27,7 @@ def attend(
     items,  # i32[items, 5]: sequence, first token, token after the last, queries of the sequence, its kv_len
     page_table,  # i32[seqs, pages_per_seq]
     q_position,  # i32[tokens]
+    q_first,  # i32[tokens]: the first row each sees, where HAS_FIRST
     kv_position,  # i32[seqs, position_rows], where HAS_POSITIONS
     ancestors,  # u32[tokens, WORDS], where WORDS
     sinks,  # f32[Q_HEADS], where HAS_SINKS
@@ -43,6 +44,7 @@ def attend(
     PACKED: tl.constexpr,  # int4: two values a byte, the second half of the head in the high nibbles
     QUANTIZED: tl.constexpr,
     COMPUTE: tl.constexpr,  # what a dot's operands are
+    HAS_FIRST: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     WORDS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -71,6 +73,8 @@ def attend(
     head = kv_head * GROUP + tile_row % GROUP
     valid = token < stop
     query = tl.load(q_position + token, mask=valid, other=-1)
+    if HAS_FIRST:
+        since = tl.load(q_first + token, mask=valid, other=INT32_MAX)
     lane = tl.arange(0, LANES)
     in_head = lane < ROW_VALUES
     q_row = q + (token.to(tl.int64) * Q_HEADS + head)[:, None] * HEAD_DIM + lane[None, :]
@@ -90,6 +94,8 @@ def attend(
         end = tl.minimum(end, tl.max(query, 0) + 1)
         if WINDOW > 0:
             begin = tl.maximum(tl.min(tl.where(valid, query, INT32_MAX), 0) - WINDOW + 1, 0)
+        if HAS_FIRST:
+            begin = tl.min(since, 0)
     begin_block = begin // BLOCK
     end_block = tl.cdiv(end, BLOCK)
     if SPLITS > 1:
@@ -122,6 +128,8 @@ def attend(
         seen = used[None, :] & (position[None, :] <= query[:, None])
         if WINDOW > 0:
             seen &= position[None, :] > query[:, None] - WINDOW
+        if HAS_FIRST:
+            seen &= row[None, :] >= since[:, None]
         if WORDS > 0:  # noqa: SIM102 (the one is decided when this is compiled)
             if (block + 1) * BLOCK > first_row:
                 seen &= _in_tree(ancestors, token, row - first_row, seen, WORDS)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tensors
-from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, token_rows
+from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, strided, token_rows
 from pallas_kernels.devices import Device
 from pallas_kernels.reductions import row_sums
 
@@ -61,6 +61,7 @@ class Queries(NamedTuple):
     position: jax.Array  # i32[seqs, tokens]
     ancestors: jax.Array | None  # u32[seqs, tokens, words]
     first_row: jax.Array  # i32[seqs]: the row of the sequence's first query token in this call
+    first_seen: jax.Array | None  # i32[seqs, tokens]: the first row each sees, where no window says it
 
 
 class Softmax(NamedTuple):
@@ -113,18 +114,20 @@ def attend(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, XlaKV]:
     num_tokens = q.shape[0]
-    kv = write(kv, k, v, ragged, num_tokens)
+    if k is not None and v is not None:
+        kv = write(kv, k, v, ragged)
+    ragged, window, first = strided.view(ragged, kv.spec.page_size, window)
     rules = Rules(window, softcap, scale)
     parts = []
     if kv.invariant and q.dtype != jnp.float32:  # in float32 the number of rows of a dot does not matter
-        parts.append(_prefill(q, 0, kv, _without_decoding(ragged), rules, INVARIANT_TOKENS))
+        parts.append(_prefill(q, 0, kv, _without_decoding(ragged), first, rules, INVARIANT_TOKENS))
     else:
         decode_tokens = ragged.num_decode_seqs * ragged.width
         if decode_tokens:
-            parts.append(_decode(q[:decode_tokens], kv, ragged, rules))
+            parts.append(_decode(q[:decode_tokens], kv, ragged, first, rules))
         if num_tokens > decode_tokens:
             size = min(Q_BLOCK, max(2, num_tokens - decode_tokens))
-            parts.append(_prefill(q, decode_tokens, kv, ragged, rules, size))
+            parts.append(_prefill(q, decode_tokens, kv, ragged, first, rules, size))
     highest, total, weighted = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     used = total != 0  # NaN counts: it must be seen; an unused sequence's tokens see nothing, sinks included
     if sinks is not None:
@@ -137,11 +140,8 @@ def attend(
     return out.astype(q.dtype), lse, kv
 
 
-def write(kv: XlaKV, k: jax.Array | None, v: jax.Array | None, ragged: Ragged, num_tokens: int) -> XlaKV:
-    """The pages with the new rows in them, of the same type; unchanged where another layer wrote them."""
-    if k is None or v is None:
-        return kv
-    page, offset, _ = token_rows(ragged, num_tokens, kv.spec.page_size)
+def write(kv: XlaKV, k: jax.Array, v: jax.Array, ragged: Ragged) -> XlaKV:
+    page, offset, _ = token_rows(ragged, k.shape[0], kv.spec.page_size)
     values, scales = zip(*(_stored(kv.spec, rows) for rows in (k, v)), strict=True)
     return _each(kv, lambda pool, new: pool.at[page, :, offset].set(new, mode="promise_in_bounds"), values, scales)
 
@@ -170,7 +170,7 @@ def _each(kv: XlaKV, change: Any, *new: Any) -> XlaKV:
     return replace(kv, **changed)
 
 
-def _decode(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules) -> Softmax:
+def _decode(q: jax.Array, kv: XlaKV, ragged: Ragged, first: jax.Array | None, rules: Rules) -> Softmax:
     """All decode sequences side by side, as many blocks as the longest of them needs."""
     seqs, width, (_, q_heads, head_dim) = ragged.num_decode_seqs, ragged.width, q.shape
     kv_heads = kv.spec.kv_heads
@@ -183,7 +183,8 @@ def _decode(q: jax.Array, kv: XlaKV, ragged: Ragged, rules: Rules) -> Softmax:
     kv_len, table = ragged.kv_len[:seqs], ragged.page_table[:seqs]
     words = None if ragged.ancestors is None else ragged.ancestors[: seqs * width].reshape(seqs, width, -1)
     position = ragged.q_position[: seqs * width].reshape(seqs, width)
-    tile = Queries(tiles, position, words, kv_len - width)
+    first = None if first is None else first[: seqs * width].reshape(seqs, width)
+    tile = Queries(tiles, position, words, kv_len - width, first)
     kv_position = None if ragged.kv_position is None else ragged.kv_position[:seqs]
     result = _attend_tile(tile, kv, table, kv_len, kv_position, rules)
     return Softmax(*(_tokens_first(x, seqs, width, rows // width, group) for x in result))
@@ -203,7 +204,9 @@ def _without_decoding(ragged: Ragged) -> Ragged:
     return replace(ragged, q_start=starts, num_decode_seqs=0)
 
 
-def _prefill(q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, rules: Rules, size: int) -> Softmax:
+def _prefill(
+    q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, first: jax.Array | None, rules: Rules, size: int
+) -> Softmax:
     """Tile by tile of `size` query tokens of one sequence; the number of tiles and blocks is dynamic."""
     num_tokens, q_heads, head_dim = q.shape
     kv_heads = kv.spec.kv_heads
@@ -212,6 +215,7 @@ def _prefill(q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, rules: R
     q_padded = jnp.pad(q, [*pad, (0, 0)])
     position = jnp.pad(ragged.q_position, pad[0])
     words = None if ragged.ancestors is None else jnp.pad(ragged.ancestors, pad)
+    first = None if first is None else jnp.pad(first, pad[0])
 
     def tile_of(s: jax.Array, index: jax.Array, carry: Softmax) -> Softmax:
         start, end = ragged.q_start[s] + index * size, ragged.q_start[s + 1]
@@ -222,6 +226,7 @@ def _prefill(q: jax.Array, first_token: int, kv: XlaKV, ragged: Ragged, rules: R
             lax.dynamic_slice_in_dim(jnp.where(jnp.arange(position.shape[0]) < end, position, -1), start, size)[None],
             None if words is None else lax.dynamic_slice_in_dim(words, start, size)[None],
             (ragged.kv_len[s] - (end - ragged.q_start[s]))[None],
+            None if first is None else lax.dynamic_slice_in_dim(first, start, size)[None],
         )
         kv_position = None if ragged.kv_position is None else ragged.kv_position[s][None]
         result = _attend_tile(queries, kv, ragged.page_table[s][None], ragged.kv_len[s][None], kv_position, rules)
@@ -264,8 +269,12 @@ def _attend_tile(
         last_row = jnp.minimum(kv_len, jnp.max(tile.position, axis=1) + 1)
         if tile.ancestors is not None:
             last_row = kv_len
-        earliest = jnp.min(jnp.where(tile.position < 0, jnp.iinfo(jnp.int32).max, tile.position), axis=1)
-        first = jnp.zeros_like(kv_len) if rules.window is None else jnp.maximum(earliest - rules.window + 1, 0) // block
+        since = tile.first_seen if rules.window is None else tile.position - rules.window + 1
+        if since is None:
+            first = jnp.zeros_like(kv_len)
+        else:
+            earliest = jnp.min(jnp.where(tile.position < 0, jnp.iinfo(jnp.int32).max, since), axis=1)
+            first = jnp.maximum(earliest, 0) // block
     else:
         last_row, first = kv_len, jnp.zeros_like(kv_len)
     count = jnp.max(jnp.maximum((last_row + block - 1) // block - first, 0))
@@ -341,6 +350,8 @@ def _visible(
         seen &= (node < 0)[:, None, :] | (bit == 1)
     if window is not None:
         seen &= position[:, None, :] > tile.position[:, :, None] - window
+    if tile.first_seen is not None:
+        seen &= row[:, None, :] >= tile.first_seen[:, :, None]
     return seen
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, devices, tensors
-from pallas_kernels.attention import KVSpec, PageRows, Ragged, UnsupportedError, storage
-from pallas_kernels.attention.cases import CASES, Case, build, check, dequantized, oracle
+from pallas_kernels.attention import KVSpec, PageRows, Ragged, UnsupportedError, storage, strided
+from pallas_kernels.attention.cases import CASES, Case, build, check, dequantized, oracle, spread
 from pallas_kernels.attention.cases import run as run_case
 from pallas_kernels.dispatch import BackendError
 from pallas_kernels.native import jit
@@ -102,6 +102,56 @@ def test_bits_do_not_depend_on_the_batch(backend: str, dtype: str, heads: tuple[
             num_decode_seqs=slots,
         )
         np.testing.assert_array_equal(run(backend, base, last).out[0], whole.out[299])
+
+
+@pytest.mark.parametrize("name", ["middle-mixed-window", "apart-mixed", "spread-decode-int8", "spread-apart-mixed"])
+def test_the_oracle_itself_spreads_pages(name: str) -> None:
+    check("reference", CASES[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=5)
+@given(
+    decode=st.lists(st.integers(0, 300), max_size=3),
+    prefill=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 80)), max_size=2),
+    page_size=st.sampled_from([8, 32, 128]),
+    window=st.sampled_from([None, 1, 40, 150]),
+    shards=st.sampled_from([2, 3, 5]),
+    apart=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_spread(backend, decode, prefill, page_size, window, shards, apart, seed) -> None:
+    case = Case(
+        tuple(decode), tuple(prefill), head_dim=16, page_size=page_size, window=window, shards=shards, apart=apart
+    )
+    if any(decode) or any(n for _, n in prefill):
+        check(backend, case, seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_program_runs_on_every_device(backend: str) -> None:
+    case = CASES["spread-mixed"]
+    traces = []
+
+    @jax.jit
+    def call(q, k, v, kv, ragged):
+        traces.append(1)
+        return attention.attend(q, k, v, kv, ragged)
+
+    for part, _ in spread(case, build(case)):
+        kv = attention.allocate(case.spec, len(part.pages.values), backend=backend)
+        call(part.q, part.k, part.v, kv, part.ragged)
+    assert len(traces) == 1
+
+
+def test_rows_that_lie_here_are_counted() -> None:
+    """Against a list of them."""
+    for stride, size in ((1, 4), (2, 4), (3, 1), (5, 8)):
+        for offset in range(stride):
+            ragged = replace(RAGGED, page_stride=stride, page_offset=jnp.int32(offset))
+            here = np.arange(100) // size % stride == offset
+            counted = strided.held(ragged, jnp.arange(-3, 101), size)
+            np.testing.assert_array_equal(counted, [0, 0, 0, *np.cumsum([0, *here])])
 
 
 def all_pages(pages: np.ndarray, dtype: str) -> PageRows:
@@ -258,6 +308,11 @@ RAGGED = Ragged(
         ({"ancestors": jnp.zeros((5, 1), jnp.uint32)}, r"ancestors \(5, 1\) must be \(4, 1\)"),
         ({"ancestors": jnp.zeros((4, 1), jnp.int32)}, "ancestors int32 must be unsignedinteger"),
         ({"ancestors": jnp.zeros((4, 0), jnp.uint32)}, "too few bits for width=1: 1 words would do"),
+        ({"page_stride": 0}, "page_stride=0 must be an int, at least 1"),
+        ({"page_stride": 2, "page_offset": jnp.zeros(1, jnp.int32)}, r"page_offset \(1,\) must be \(\)"),
+        ({"page_stride": 2, "page_offset": jnp.float32(1)}, "page_offset float32 must be integer"),
+        ({"page_stride": 2, "kv_position": jnp.zeros((2, 16), jnp.int32)}, "kv_position with page_stride=2"),
+        ({"page_stride": 2, "ancestors": jnp.ones((4, 1), jnp.uint32)}, "ancestors with page_stride=2"),
     ],
 )
 def test_a_ragged_that_does_not_fit_is_named(changes: dict, words: str) -> None:
@@ -282,6 +337,23 @@ def test_an_option_that_means_nothing_is_named(options: dict, words: str) -> Non
     kv = attention.allocate(KVSpec(2, 64, 16, jnp.float32), 4)
     with pytest.raises(UnsupportedError, match=words):
         attention.attend(*drawn(4), kv, RAGGED, **options)
+
+
+def test_sinks_wait_until_partial_results_are_merged() -> None:
+    kv = attention.allocate(KVSpec(2, 64, 16, jnp.float32), 4)
+    with pytest.raises(UnsupportedError, match="sinks with page_stride=2: merge the partial results, then apply"):
+        attention.attend(*drawn(4), kv, replace(RAGGED, page_stride=2), sinks=jnp.zeros(4))
+
+
+def test_rows_to_write_must_fit() -> None:
+    kv = attention.allocate(KVSpec(2, 64, 16, jnp.float32), 4)
+    _, k, v = drawn(4)
+    with pytest.raises(UnsupportedError, match=r"k \(4, 1, 64\) must be \(4, 2, 64\)"):
+        attention.write(kv, k[:, :1], v, RAGGED)
+    with pytest.raises(UnsupportedError, match=r"v \(3, 2, 64\) must be \(4, 2, 64\)"):
+        attention.write(kv, k, v[:3], RAGGED)
+    with pytest.raises(UnsupportedError, match=r"q_position \(4,\) must be \(3,\)"):
+        attention.write(kv, k[:3], v[:3], RAGGED)
 
 
 def test_integer_queries_and_other_pages_are_named() -> None:

@@ -26,6 +26,7 @@ H100, H200 = devices.named("h100"), devices.named("h200")
 QUICK = (
     *("decode", "decode-long", "decode-width-3", "decode-tree"),
     *("prefill-chunk", "prefill-sinks-softcap", "prefill-head-256"),
+    *("middle-mixed-window", "spread-decode", "spread-prefill-window"),
 )
 
 
@@ -122,6 +123,15 @@ def test_lowers(device: Device, head_dim: int, phase: str) -> None:
 def test_lowers_with_options(spec: KVSpec, options: dict[str, Any]) -> None:
     args = call_of(spec, decode=8, width=3, prefill=300)
     text = lowered(H100, lambda *arrays: attention.attend(*arrays, **options), *args)
+    assert text.count("@mosaic_gpu") == 2
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("window", [None, 1000])
+def test_lowers_with_spread_pages(window: int | None) -> None:
+    *args, ragged = call_of(KVSpec(2, 128, 128), decode=8, width=3, prefill=300)
+    ragged = replace(ragged, page_stride=4, page_offset=jax.ShapeDtypeStruct((), jnp.int32))
+    text = lowered(H100, lambda *arrays: attention.attend(*arrays, window=window), *args, ragged)
     assert text.count("@mosaic_gpu") == 2
 
 

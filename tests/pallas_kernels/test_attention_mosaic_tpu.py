@@ -37,6 +37,9 @@ QUICK = (  # one of each kind; the whole table is slow
     "prefill-chunk",
     "prefill-shared",
     "mixed-int8",
+    "middle-prefill",
+    "spread-decode-width-3-window",
+    "spread-apart-mixed",
 )
 KV_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "int4")
 HEAD_DIMS = (64, 80, 96, 128, 256, 512)
@@ -295,6 +298,28 @@ def test_prefill_compiles_without_a_copy_of_the_pool(device: str) -> None:
     args = arguments(KVSpec(8, 128, 128), decode=0, prefill=2048, q_heads=32)
     queries_bytes = args[0].size * args[0].dtype.itemsize
     assert compiled(device, attention.attend, args).temporary_bytes <= 4 * queries_bytes  # q and out in blocks
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("device", ["v6e", *(pytest.param(d, marks=pytest.mark.slow) for d in ("v5e", "v5p", "tpu7x"))])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_spread_pages_stay_in_place(device: str, window: int | None) -> None:
+    args = arguments(KVSpec(8, 128, 128), decode=64, prefill=512, q_heads=32)
+    ragged = replace(args[-1], page_stride=4, page_offset=jax.ShapeDtypeStruct((), jnp.int32))
+    result = compiled(device, partial(attention.attend, window=window), (*args[:-1], ragged))
+    assert result.temporary_bytes <= 32 * MIB  # q and out in blocks
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("device", ["v6e", *(pytest.param(d, marks=pytest.mark.slow) for d in ("v5e", "v5p", "tpu7x"))])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_rows_are_written_in_place(device: str, kv_dtype: str, stride: int) -> None:
+    _, k, v, kv, ragged = arguments(KVSpec(8, 128, 128, jnp.dtype(kv_dtype)), decode=64, prefill=2048, q_heads=8)
+    ragged = replace(ragged, page_stride=stride, page_offset=jax.ShapeDtypeStruct((), jnp.int32))
+    write = lambda k, v, ragged, kv: attention.write(kv, k, v, ragged)
+    result = compiled(device, write, (k, v, ragged, kv))
+    assert result.temporary_bytes <= 4 * k.size * k.dtype.itemsize  # k above v, tokens along lanes, twice over
 
 
 @pytest.mark.accelerators

@@ -27,6 +27,7 @@ QUICK = {  # one process each: together every branch of the kernels
     "splits": "decode-long decode-page-256 decode-window-128",
     "prefill": "prefill-one-token prefill-sinks-softcap prefill-gaps prefill-tree prefill-many-short prefill-shared",
     "nan": "decode+nan decode-long+nan decode-sinks+nan mixed-width+nan",
+    "spread": "middle-mixed-window spread-decode spread-decode-width-3-window spread-prefill-window spread-mixed-int4",
     "mixed": "mixed-window mixed-bf16-pages mixed-width mixed-int4-tree prefill-fp8",
 }
 SLOW = {f"every-{i}": " ".join(list(cases.CASES)[i::4]) for i in range(4)}
@@ -94,6 +95,20 @@ def test_compiles_with_every_option(device: Device, kv_dtype: str) -> None:
         compiled = triton_aot.compile_launch(launch, device)
         assert compiled.shared_bytes <= device.fast_memory_bytes, compiled
         assert compiled.spilled_bytes <= most, compiled
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("device", TARGETS, ids=str)
+def test_compiles_for_spread_pages(device: Device) -> None:
+    *arguments, ragged = call_of(KVSpec(8, 128, 64), jnp.bfloat16)
+    ragged = dataclasses.replace(ragged, page_stride=4, page_offset=jax.ShapeDtypeStruct((), jnp.int32))
+    attend = lambda *arrays: attention.attend(*arrays, window=1000)
+    launches = record(device, attend, *arguments, ragged)
+    assert [launch.constants["HAS_FIRST"] for launch in launches if "HAS_FIRST" in launch.constants] == [True, True]
+    for launch in launches:
+        compiled = triton_aot.compile_launch(launch, device)
+        assert compiled.shared_bytes <= device.fast_memory_bytes, compiled
+        assert compiled.spilled_bytes <= 64, compiled
 
 
 @pytest.mark.accelerators

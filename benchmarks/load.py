@@ -2,9 +2,9 @@ r"""How fast weights are loaded, beside the rate at which this machine copies th
 
     python scripts/make_random_model.py --arch llama --hidden-size 2048 --layers 16 --heads 32 --kv-heads 8 \
         --intermediate-size 8192 --vocab-size 128256 --tie --out llama-1b
-    python benchmarks/load.py llama-1b [--rounds 7] [--json]
+    python benchmarks/load.py llama-1b [--rounds 7] [--format orbax] [--json]
 
-Files are read once beforehand, so that they are in the page cache. A round then copies all their bytes into fresh
+With `--format orbax` the directory is converted first (jaxinfer convert), into a temporary one beside it. Files are read once beforehand, so that they are in the page cache. A round then copies all their bytes into fresh
 memory, with one thread and with as many as the loader has, and loads the parameters as bfloat16 and as float32; each
 round in another order. Rates are bytes of files per second, so float32 from bfloat16 writes twice as many: the copies
 are made once more into memory of that size. Before each, as much memory as the largest needs is written and freed: the
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.models import load_config
-from jaxinfer.models.checkpoint import load_parameters, num_threads
+from jaxinfer.models.checkpoint import ORBAX_DIR, load_parameters, num_threads
+from jaxinfer.models.conversion import convert
 
 CHUNK_BYTES = 16 << 20
 BAR = 0.5  # of the faster copy
@@ -78,24 +81,37 @@ def measure(works: Mapping[str, Callable[[], object]], rounds: int, num_bytes: i
 
 
 def main() -> None:
+    """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory with config.json and safetensors")
+    parser.add_argument("model", type=Path, help="directory with config.json and weights")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--format", choices=("safetensors", "orbax"), default="safetensors", help="of the weights")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    paths = sorted(args.model.glob("*.safetensors"))
+    with ExitStack() as temporary:
+        model = args.model
+        if args.format == "orbax":
+            beside = temporary.enter_context(tempfile.TemporaryDirectory(dir=model.resolve().parent))
+            model = Path(beside) / "converted"
+            convert(args.model, model, jnp.dtype(jnp.bfloat16))
+        run(model, args.rounds, args.json)
+
+
+def run(model: Path, rounds: int, as_json: bool) -> None:
+    """Measure one directory, whichever format it is in."""
+    paths = sorted(model.glob("*.safetensors")) or [p for p in (model / ORBAX_DIR).rglob("*") if p.is_file()]
     num_bytes = sum(path.stat().st_size for path in paths)
-    config = load_config(args.model)
+    config = load_config(model)
     threads = num_threads()
     many = f"copy, {threads} threads"
     works: dict[str, Callable[[], object]] = {
         "copy, 1 thread": lambda: copy_files(paths, 1),
         many: lambda: copy_files(paths, threads),
         "copy, twice the memory": lambda: copy_files(paths, threads, widening=2),
-        "load bfloat16": lambda: load_parameters(args.model, config, jnp.dtype(jnp.bfloat16)),
-        "load float32": lambda: load_parameters(args.model, config, jnp.dtype(jnp.float32)),
+        "load bfloat16": lambda: load_parameters(model, config, jnp.dtype(jnp.bfloat16)),
+        "load float32": lambda: load_parameters(model, config, jnp.dtype(jnp.float32)),
     }
-    times = measure(works, args.rounds, 5 * num_bytes // 2)
+    times = measure(works, rounds, 5 * num_bytes // 2)
     fastest = min(("copy, 1 thread", many), key=lambda name: median(times[name]))
     result = {
         name: {
@@ -106,10 +122,10 @@ def main() -> None:
         }
         for name, each in times.items()
     }
-    if args.json:
+    if as_json:
         print(json.dumps({"bytes": num_bytes, "bar": BAR, "results": result}, indent=2))
         return
-    print(f"{num_bytes / 1e9:.2f} GB in {len(paths)} files, {args.rounds} rounds; the bar for bfloat16 is {BAR}")
+    print(f"{num_bytes / 1e9:.2f} GB in {len(paths)} files, {rounds} rounds; the bar for bfloat16 is {BAR}")
     for name, rates in result.items():
         low, high, ratio = rates["lowest"], rates["highest"], rates["of the faster copy"]
         print(f"{name:22} {rates['GB/s']:6.2f} GB/s ({low:.2f} to {high:.2f}), {ratio:.2f} of the faster copy")

@@ -1,40 +1,37 @@
-"""Hugging Face safetensors directories into placed arrays, a few tensors at a time; never a whole file, never pickle.
+"""A model directory's weights into placed arrays, a few regions at a time; never a whole file, never pickle.
 
-Hides reading, conversion and placement, and that reading goes on while a parameter is placed. The arrays own their
-memory: nothing stays mapped to a file, so replacing one while it is served changes nothing.
+Hides formats, conversion and placement, and that reading goes on while a shard is put on its devices. The arrays own
+their memory: nothing stays mapped to a file, so replacing one while it is served changes nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.dense_tensors import read_dense
-from jaxinfer.models.quantized_checkpoint import read_quantized
-from jaxinfer.models.safetensors_files import CheckpointError, find_tensors
+from jaxinfer.models.regions import Host, StoredParameter
+from jaxinfer.models.safetensors_files import INDEX_FILE, SINGLE_FILE, CheckpointError, find_tensors
+from jaxinfer.models.shard_reads import planned, read_in_order
 from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
-from jaxinfer.models.weight_matching import Wanted, match
+from jaxinfer.models.weight_matching import match
+from jaxinfer.placement import PlacedParameter
 from pallas_kernels.tensors import QuantizedTensor
 
-__all__ = ["CheckpointError", "Parameter", "Place", "Progress", "load_parameters", "num_threads"]
+__all__ = ["CheckpointError", "Parameter", "Progress", "load_parameters", "num_threads", "open_checkpoint"]
 
+ORBAX_DIR = "orbax"  # beside config.json, where there are no safetensors files
 _MAX_THREADS = 4
-_READ_AHEAD_BYTES = 256 << 20  # of parameters being read while one is placed; a larger one is alone
 
 Parameter = jax.Array | QuantizedTensor
-Place = Callable[[ParameterSpec], jax.sharding.Sharding | jax.Device | None]
 Progress = Callable[[str, int, int], None]
-_Host = np.ndarray | QuantizedTensor  # of NumPy arrays
 
 
 def num_threads() -> int:
@@ -42,89 +39,83 @@ def num_threads() -> int:
     return min(_MAX_THREADS, os.cpu_count() or 1)
 
 
+def open_checkpoint(
+    directory: Path, config: ModelConfig, specs: Mapping[str, ParameterSpec], files: ExitStack
+) -> Mapping[str, StoredParameter]:
+    """The parameters `specs` of a model, as the directory stores them; nothing but headers is read.
+
+    Files stay open until `files` closes them. Raises CheckpointError for everything that does not fit the model.
+    """
+    if (directory / ORBAX_DIR).is_dir():
+        from jaxinfer.models.orbax_files import open_orbax  # tensorstore takes a while
+
+        _check_only_format(directory)
+        return open_orbax(directory / ORBAX_DIR, specs)
+    return match(specs, find_tensors(directory, files), config, directory)
+
+
+def _check_only_format(directory: Path) -> None:
+    others = [name for name in (SINGLE_FILE, INDEX_FILE) if os.path.lexists(directory / name)]
+    if others:
+        raise CheckpointError(
+            f"{directory} holds both an Orbax checkpoint, {ORBAX_DIR}, and {others[0]}: remove one of them"
+        )
+
+
 def load_parameters(
     model_dir: str | Path,
     config: ModelConfig,
     dtype: jnp.dtype,
     *,
-    place: Place | None = None,
+    placed: Sequence[PlacedParameter] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Parameter, ...]:
-    """The model's parameters, in the order of `abstract_parameters(config, dtype)`: as `dtype`, or quantized as stored.
+    """The model's parameters, in the order of `placed`: as `dtype`, or quantized as stored.
 
-    `place(spec)` says where each array goes (None: the default device); the arrays of a quantized weight are asked for
-    one by one. `progress(name, bytes_read, bytes_total)` is called after each parameter. Peak host memory is the
-    parameters that stay on the host, plus those being read: 256 MiB, or one that is larger, or as many quantized
-    weights as `num_threads()`, each also as it is stored.
+    None: all of them on the default device, in the order of `abstract_parameters(config, dtype)`. Each process reads
+    what its own devices hold. `progress(name, bytes_read, bytes_total)` is called after each parameter, of the bytes
+    that this process reads. Peak host memory is what stays on the host, plus the shards being read: 256 MiB, or one
+    that is larger, or those of as many quantized weights as `num_threads()`, each also as it is stored.
     Raises CheckpointError for anything missing, unknown, mis-shaped, truncated, duplicate or of an unsupported dtype.
     """
-    directory = Path(model_dir)
+    dtype = jnp.dtype(dtype)
+    specs = abstract_parameters(config, dtype)
+    if placed is None:
+        placed = [PlacedParameter((name,), spec, False, spec.shape, None) for name, spec in specs.items()]
+    reads = planned(placed)
     with ExitStack() as files, ThreadPoolExecutor(num_threads()) as pool:
-        stored = find_tensors(directory, files)
-        wanted = match(abstract_parameters(config, jnp.dtype(dtype)), stored, config, directory)
-        num_bytes_total = sum(item.num_bytes for item in wanted)
-        parameters: list[Parameter] = []
-        num_bytes = 0
-        for item, host in _read_in_order(wanted, pool):
-            parameters.append(_placed(host, item.spec, place))
-            num_bytes += item.num_bytes
-            if progress is not None:
-                progress(item.name, num_bytes, num_bytes_total)
-    return tuple(parameters)
+        stored = open_checkpoint(Path(model_dir), config, specs, files)
+        num_bytes = [sum(stored[name].num_bytes(region) for name, region in read.needs()) for read in reads]
+        done, loaded, parts = 0, [], []
+        for read_bytes, (read, hosts) in zip(num_bytes, read_in_order(reads, stored, pool, num_threads()), strict=True):
+            parts += _on_devices(hosts, [shard.devices for shard in read.shards])
+            done += read_bytes
+            if read.last:
+                loaded.append(_assembled(read.parameter, parts))
+                parts = []
+                if progress is not None:
+                    progress(stored[read.parameter.names[0]].name, done, sum(num_bytes))
+    return tuple(loaded)
 
 
-def _read_in_order(wanted: list[Wanted], pool: ThreadPoolExecutor) -> Iterator[tuple[Wanted, _Host]]:
-    """Each parameter in host memory, while those that follow are being read."""
-    ahead: deque[tuple[Wanted, _Host, list[Future[None]]]] = deque()
-    for item in wanted:
-        while ahead and _must_wait(item, [other for other, _, _ in ahead]):
-            yield _finished(*ahead.popleft())
-        host, jobs = _begin(item)
-        ahead.append((item, host, [pool.submit(job) for job in jobs]))
-    while ahead:
-        yield _finished(*ahead.popleft())
-
-
-def _must_wait(item: Wanted, ahead: list[Wanted]) -> bool:
-    """Whether there is no room for it beside those that are being read."""
-    if item.stored_as is not None and len(ahead) < num_threads():
-        return False  # one thread unpacks a quantized weight: with fewer of them, threads would idle
-    return sum(other.num_bytes for other in ahead) + item.num_bytes > _READ_AHEAD_BYTES
-
-
-def _begin(item: Wanted) -> tuple[_Host, list[Callable[[], None]]]:
-    shape = item.spec.shape
-    if item.stored_as is not None:
-        return read_quantized(item.stored_as, shape, item.rows, item.tensors, per_expert=item.source.per_expert)
-    tensors = tuple(pieces["weight"] for pieces in item.tensors)
-    return read_dense(item.source, shape, np.dtype(item.spec.dtype), item.rows, tensors)
-
-
-def _finished(item: Wanted, host: _Host, reads: list[Future[None]]) -> tuple[Wanted, _Host]:
-    for read in reads:
-        read.result()  # re-raises what a read raised
-    return item, host
-
-
-def _placed(host: _Host, spec: ParameterSpec, place: Place | None) -> Parameter:
-    if not isinstance(host, QuantizedTensor):
-        return _put(host, spec, place)
-    specs = _array_specs(host, spec)
-    leaves, structure = jax.tree.flatten(host)
-    placed = jax.tree.unflatten(structure, [_put(leaf, own, place) for leaf, own in zip(leaves, specs, strict=True)])
-    placed.check()
-    return placed
-
-
-def _array_specs(host: QuantizedTensor, spec: ParameterSpec) -> list[ParameterSpec]:
-    """Of values, scales and zero points `[..., groups, out]`, in the order of the tensor's leaves."""
-    values, *per_group = (
-        replace(spec, shape=leaf.shape, dtype=jnp.dtype(leaf.dtype), format=None) for leaf in jax.tree.leaves(host)
+def _on_devices(hosts: list[Host], devices: list[tuple[Any, ...]]) -> list[Any]:
+    """Each host array, or QuantizedTensor of them, on each of its devices."""
+    for leaf in jax.tree.leaves(hosts):
+        leaf.flags.writeable = False  # a CPU device takes this memory as it is
+    return jax.block_until_ready(
+        [jax.device_put(host, device) for host, own in zip(hosts, devices, strict=True) for device in own]
     )
-    axes = (*spec.axes[:-2], "groups", spec.axes[-2])
-    return [values, *(replace(own, axes=axes) for own in per_group)]
 
 
-def _put(host: np.ndarray, spec: ParameterSpec, place: Place | None) -> jax.Array:
-    host.flags.writeable = False  # a CPU device takes this memory as it is
-    return jax.block_until_ready(jax.device_put(host, place(spec) if place is not None else None))
+def _assembled(parameter: PlacedParameter, parts: list[Any]) -> Parameter:
+    """The parameter of its single-device parts, which are all of this process's."""
+    placed = parts[0]
+    if parameter.sharding is not None:
+        placed = jax.tree.map(
+            lambda whole, *own: jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, list(own)),
+            parameter.abstract(),
+            *parts,
+        )
+    if isinstance(placed, QuantizedTensor):
+        placed.check()
+    return placed

@@ -44,14 +44,31 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What is wanted of the arrays of a weight `[out, in]`."""
+
+    outputs: slice  # among those that the arrays hold
+    inputs: slice  # among all; whole groups
+    shape: tuple[int, int]  # of the weight, all of it
+
+    def groups(self, stored: StoredFormat) -> slice:
+        """Which groups the inputs are; the only one there is for any of its inputs."""
+        size = stored.held.group_size or self.shape[1]
+        return slice(0, 1) if size == self.shape[1] else slice(self.inputs.start // size, self.inputs.stop // size)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which tensors a weight is stored as, by role, given its name, outputs and inputs; and how they are read.
 
-    `fill(stored, arrays, rows, matrix)` takes the outputs `rows` of the arrays. Raises CheckpointError without a name.
+    `fill(stored, arrays, cut, matrix)` fills the matrix with what is cut out of the arrays; it raises CheckpointError
+    without a name. `outputs_per_row` has the roles of tensors whose first axis is outputs, this many a row: `fill`
+    takes any range of their rows that holds the cut. It needs all of the others.
     """
 
     pieces: Callable[[StoredFormat, str, int, int], dict[str, Piece]]
-    fill: Callable[[StoredFormat, Arrays, slice, Matrix], None]
+    fill: Callable[[StoredFormat, Arrays, Cut, Matrix], None]
+    outputs_per_row: Callable[[StoredFormat], Mapping[str, int]] = lambda stored: {}
 
 
 # ---- GPTQ (Frantar et al., 2210.17323), as AutoGPTQ and GPTQModel write it
@@ -70,17 +87,17 @@ def _gptq_pieces(stored: StoredFormat, name: str, out_size: int, in_size: int) -
     }
 
 
-def _fill_gptq(stored: StoredFormat, arrays: Arrays, rows: slice, into: Matrix) -> None:
+def _fill_gptq(stored: StoredFormat, arrays: Arrays, cut: Cut, into: Matrix) -> None:
     """Words run along inputs, lowest bits first; those of zero points along outputs."""
-    group_size = stored.held.group_size or arrays["words"].shape[0] * 32 // stored.bits
-    _check_order(arrays.get("order"), group_size)
-    words = arrays["words"][:, rows]
+    rows, groups = cut.outputs, cut.groups(stored)
+    _check_order(arrays.get("order"), stored.held.group_size or cut.shape[1])
+    words = arrays["words"][_words(cut.inputs, 32 // stored.bits), rows]
     step = max(1, _CHUNK_BYTES // (4 * words.shape[0]))
     for start in range(0, words.shape[1], step):
         by_output = np.ascontiguousarray(words[:, start : start + step].T)
         _from_unsigned(by_output.view(np.uint8), into.values[start : start + step], into.pack_block)
-    into.scales[...] = arrays["scales"][:, rows]
-    zeros = _unpacked(arrays["zeros"].view(np.uint8), stored.bits)[:, rows].astype(np.int16)
+    into.scales[...] = arrays["scales"][groups, rows]
+    zeros = _unpacked(arrays["zeros"][groups].view(np.uint8), stored.bits)[:, rows].astype(np.int16)
     if stored.layout == "gptq":  # stored less one
         if (zeros == 2**stored.bits - 1).any():
             raise CheckpointError(
@@ -113,9 +130,10 @@ def _awq_pieces(stored: StoredFormat, name: str, out_size: int, in_size: int) ->
     }
 
 
-def _fill_awq(stored: StoredFormat, arrays: Arrays, rows: slice, into: Matrix) -> None:
+def _fill_awq(stored: StoredFormat, arrays: Arrays, cut: Cut, into: Matrix) -> None:
     """Words run along outputs, in an order of their own; here two inputs half a block apart share a byte."""
-    words = _awq_columns(arrays["words"], rows).view(np.uint32)
+    rows, groups = cut.outputs, cut.groups(stored)
+    words = _awq_columns(arrays["words"][cut.inputs], rows).view(np.uint32)
     block = into.pack_block
     assert block is not None
     out_size, num_blocks = into.values.shape[0], words.shape[0] // block
@@ -128,8 +146,8 @@ def _fill_awq(stored: StoredFormat, arrays: Arrays, rows: slice, into: Matrix) -
             by_byte = (nibbles ^ 0x88888888).view(np.uint8).reshape(block // 2, -1, 4)
             for byte, output in enumerate(outputs):
                 by_eight[:, output, index] = by_byte[..., byte].T
-    into.scales[...] = arrays["scales"][:, rows]
-    nibbles = _unpacked(_awq_columns(arrays["zeros"], rows).view(np.uint8), 4)
+    into.scales[...] = arrays["scales"][groups, rows]
+    nibbles = _unpacked(_awq_columns(arrays["zeros"][groups], rows).view(np.uint8), 4)
     in_order = np.empty((*nibbles.shape[:-1], nibbles.shape[-1] // 8, 8), np.int16)
     in_order[..., [output for pair in zip(_AWQ_LOW, _AWQ_HIGH, strict=True) for output in pair]] = nibbles.reshape(
         in_order.shape
@@ -141,7 +159,7 @@ def _awq_columns(words: np.ndarray, rows: slice) -> np.ndarray:
     """The words of outputs `rows`."""
     if rows.step != 1 or rows.start % 8 or rows.stop % 8:
         raise CheckpointError(
-            f"is fused: outputs {rows.start} to {rows.stop} by {rows.step} are not whole words of eight"
+            f"is fused or split: outputs {rows.start} to {rows.stop} by {rows.step} are not whole words of eight"
         )
     return np.ascontiguousarray(words[:, rows.start // 8 : rows.stop // 8])
 
@@ -170,13 +188,18 @@ def _scale_shapes(stored: StoredFormat, out_size: int, in_size: int) -> tuple[tu
     return ((outputs, groups),) if groups > 1 else ((outputs, groups), (outputs,))
 
 
-def _fill_scaled(stored: StoredFormat, arrays: Arrays, rows: slice, into: Matrix) -> None:
-    into.values[...] = arrays["values"][rows]
-    _fill_scales(stored, arrays["scales"], rows, into)
+def _scaled_rows(stored: StoredFormat) -> dict[str, int]:
+    by_block = {} if stored.per_tensor else {"scales": stored.block_outputs, "zeros": stored.block_outputs}
+    return {"values": 1} | by_block
+
+
+def _fill_scaled(stored: StoredFormat, arrays: Arrays, cut: Cut, into: Matrix) -> None:
+    into.values[...] = arrays["values"][cut.outputs, cut.inputs]
+    _fill_scales(stored, arrays["scales"], cut, into)
     zeros = arrays.get("zeros")
     if zeros is not None:
         spread = _per_output(stored, zeros.astype(np.int16), arrays["values"].shape[0])
-        _fill_zeros(spread[rows].T, into)
+        _fill_zeros(spread[cut.outputs, cut.groups(stored)].T, into)
 
 
 def _packed_pieces(stored: StoredFormat, name: str, out_size: int, in_size: int) -> dict[str, Piece]:
@@ -194,17 +217,20 @@ def _packed_pieces(stored: StoredFormat, name: str, out_size: int, in_size: int)
     }
 
 
-def _fill_packed(stored: StoredFormat, arrays: Arrays, rows: slice, into: Matrix) -> None:
-    words = arrays["words"]
-    out_size, in_size = words.shape[0], words.shape[1] * 32 // stored.bits
-    if "shape" in arrays and arrays["shape"].tolist() != [out_size, in_size]:
-        raise CheckpointError(f"says its weight_shape is {arrays['shape'].tolist()}, and is {[out_size, in_size]}")
-    _check_order(arrays.get("order"), stored.held.group_size or in_size)
-    _from_unsigned(words[rows].view(np.uint8), into.values, into.pack_block)
-    _fill_scales(stored, arrays["scales"], rows, into)
+def _packed_rows(stored: StoredFormat) -> dict[str, int]:
+    return {"words": 1, "scales": stored.block_outputs, "zeros": 32 // stored.bits}
+
+
+def _fill_packed(stored: StoredFormat, arrays: Arrays, cut: Cut, into: Matrix) -> None:
+    if "shape" in arrays and arrays["shape"].tolist() != list(cut.shape):
+        raise CheckpointError(f"says its weight_shape is {arrays['shape'].tolist()}, and is {list(cut.shape)}")
+    _check_order(arrays.get("order"), stored.held.group_size or cut.shape[1])
+    words = np.ascontiguousarray(arrays["words"][cut.outputs, _words(cut.inputs, 32 // stored.bits)])
+    _from_unsigned(words.view(np.uint8), into.values, into.pack_block)
+    _fill_scales(stored, arrays["scales"], cut, into)
     if "zeros" in arrays:
-        by_group = np.ascontiguousarray(arrays["zeros"].T).view(np.uint8)
-        zeros = _unpacked(by_group, stored.bits)[:, :out_size][:, rows].astype(np.int16)
+        by_group = np.ascontiguousarray(arrays["zeros"].T[cut.groups(stored)]).view(np.uint8)
+        zeros = _unpacked(by_group, stored.bits)[:, cut.outputs].astype(np.int16)
         _fill_zeros(zeros - 2 ** (stored.bits - 1), into)
 
 
@@ -219,12 +245,13 @@ def _mxfp4_pieces(stored: StoredFormat, name: str, out_size: int, in_size: int) 
     }
 
 
-def _fill_mxfp4(stored: StoredFormat, arrays: Arrays, rows: slice, into: Matrix) -> None:
+def _fill_mxfp4(stored: StoredFormat, arrays: Arrays, cut: Cut, into: Matrix) -> None:
     """Twice a value is a small integer, half a scale a power of two as before: both are exact."""
     byte = np.arange(256)
     both = np.stack([_FP4_TIMES_TWO[byte & 15], _FP4_TIMES_TWO[byte >> 4]], axis=-1).view(np.uint16)[:, 0]
-    blocks, scales = arrays["blocks"][rows], arrays["scales"][rows]
-    np.take(both, blocks.reshape(blocks.shape[0], -1), out=into.values.view(np.uint16), mode="clip")
+    blocks, scales = arrays["blocks"], arrays["scales"][cut.outputs, cut.groups(stored)]
+    pairs = blocks.reshape(blocks.shape[0], -1)[cut.outputs, _words(cut.inputs, 2)]
+    np.take(both, pairs, out=into.values.view(np.uint16), mode="clip")
     if (scales == _NOT_A_NUMBER).any():
         raise CheckpointError("has scales that are not a number (E8M0 255)")
     half_powers = np.ldexp(np.float32(1), byte - 128).astype(into.scales.dtype)
@@ -235,10 +262,10 @@ LAYOUTS: dict[str, Layout] = {
     "gptq": Layout(_gptq_pieces, _fill_gptq),
     "gptq_v2": Layout(_gptq_pieces, _fill_gptq),
     "awq": Layout(_awq_pieces, _fill_awq),
-    "scaled": Layout(_scaled_pieces, _fill_scaled),
-    "fp8-block": Layout(_scaled_pieces, _fill_scaled),
-    "packed": Layout(_packed_pieces, _fill_packed),
-    "mxfp4": Layout(_mxfp4_pieces, _fill_mxfp4),
+    "scaled": Layout(_scaled_pieces, _fill_scaled, _scaled_rows),
+    "fp8-block": Layout(_scaled_pieces, _fill_scaled, _scaled_rows),
+    "packed": Layout(_packed_pieces, _fill_packed, _packed_rows),
+    "mxfp4": Layout(_mxfp4_pieces, _fill_mxfp4, lambda stored: {"blocks": 1, "scales": 1}),
 }
 
 
@@ -248,6 +275,16 @@ LAYOUTS: dict[str, Layout] = {
 def _divides(divisor: int, size: int, what: str) -> None:
     if size % divisor:
         raise CheckpointError(f"cannot be packed in 32-bit words: {size} {what} are not a multiple of {divisor}")
+
+
+def _words(inputs: slice, per_word: int) -> slice:
+    """The words of these inputs, or the bytes."""
+    if inputs.start % per_word or inputs.stop % per_word:
+        raise CheckpointError(
+            f"is split: inputs {inputs.start} to {inputs.stop} are not whole words of {per_word}; split inputs over "
+            "fewer devices"
+        )
+    return slice(inputs.start // per_word, inputs.stop // per_word)
 
 
 def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -284,10 +321,10 @@ def _per_output(stored: StoredFormat, by_block: np.ndarray, out_size: int) -> np
     return np.repeat(by_block, stored.block_outputs, axis=0)[:out_size] if stored.block_outputs > 1 else by_block
 
 
-def _fill_scales(stored: StoredFormat, scales: np.ndarray, rows: slice, into: Matrix) -> None:
+def _fill_scales(stored: StoredFormat, scales: np.ndarray, cut: Cut, into: Matrix) -> None:
     wide = scales.astype(np.float32)
-    out_size = rows.stop if stored.per_tensor else wide.shape[0] * stored.block_outputs
-    into.scales[...] = _per_output(stored, wide, out_size)[rows].T
+    out_size = cut.outputs.stop if stored.per_tensor else wide.shape[0] * stored.block_outputs
+    into.scales[...] = _per_output(stored, wide, out_size)[cut.outputs, cut.groups(stored)].T
 
 
 def _fill_zeros(zeros: np.ndarray, into: Matrix) -> None:

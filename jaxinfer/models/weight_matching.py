@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,10 @@ import jax.numpy as jnp
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models import ignored_weights, weight_source
-from jaxinfer.models.quantized_checkpoint import pieces_of
+from jaxinfer.models.dense_tensors import dense_jobs
+from jaxinfer.models.quantized_checkpoint import pieces_of, quantized_jobs
 from jaxinfer.models.quantized_layouts import Piece
+from jaxinfer.models.regions import Job, Region, Target, num_elements
 from jaxinfer.models.safetensors_files import FLOATING, CheckpointError, StoredTensor, some
 from jaxinfer.models.sources import Source
 from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
@@ -31,7 +33,7 @@ _IRRELEVANT = re.compile(r".*\brotary_emb\.inv_freq")  # derived from config.jso
 
 @dataclass(frozen=True)
 class Wanted:
-    """One parameter and the stored tensors it is made of."""
+    """One parameter and the stored tensors it is made of: a `StoredParameter`."""
 
     spec: ParameterSpec
     source: Source
@@ -45,22 +47,28 @@ class Wanted:
         """Of its first stored tensor."""
         return next(iter(self.tensors[0].values())).name
 
-    @property
-    def num_bytes(self) -> int:
-        """Its share of its stored tensors' bytes."""
+    def num_bytes(self, region: Region) -> int:
+        """The region's share of its stored tensors' bytes."""
         total = sum(tensor.num_bytes for pieces in self.tensors for tensor in pieces.values())
-        if self.source.of == 1:
-            return total
-        return total * self.spec.shape[self.source.axis] // self.full_shape[self.source.axis]
+        return total * num_elements(region) // max(math.prod(self.full_shape), 1)
+
+    def jobs(self, targets: Sequence[Target]) -> list[Job]:
+        """What fills the targets."""
+        if self.stored_as is None:
+            return dense_jobs(self.source, self.rows, tuple(pieces["weight"] for pieces in self.tensors), targets)
+        return quantized_jobs(
+            self.stored_as, self.full_shape, self.rows, self.tensors, targets, per_expert=self.source.per_expert
+        )
 
 
 def match(
     specs: Mapping[str, ParameterSpec], stored: Mapping[str, StoredTensor], config: ModelConfig, directory: Path
-) -> list[Wanted]:
-    """The stored tensors of each parameter, in order; CheckpointError for everything that does not fit."""
+) -> dict[str, Wanted]:
+    """The stored tensors of each parameter by its name, in order; CheckpointError for everything that does not fit."""
     sources = {name: weight_source(config, name) for name in specs}
     rows = _rows(specs, sources)
-    wanted, missing, used = [], [], set()
+    wanted: dict[str, Wanted] = {}
+    matched, missing, used = [], [], set()
     for name, spec in specs.items():
         source, (selected, full_shape) = sources[name], rows[name]
         stored_as = _stored_as(config, source, spec)
@@ -73,11 +81,12 @@ def match(
                 {role: stored[piece.name] for role, piece in pieces.items() if piece.name in stored}
                 for pieces in expected
             )
-            wanted.append((Wanted(spec, source, selected, full_shape, stored_as, tensors), expected))
+            wanted[name] = Wanted(spec, source, selected, full_shape, stored_as, tensors)
+            matched.append((wanted[name], expected))
     _check_names(list(dict.fromkeys(missing)), used, stored, config, directory)
-    for item, expected in wanted:
+    for item, expected in matched:
         _check_pieces(item, expected)
-    return [item for item, _ in wanted]
+    return wanted
 
 
 def stored_pieces(config: ModelConfig) -> dict[str, tuple[str, Piece]]:

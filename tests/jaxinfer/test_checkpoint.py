@@ -19,7 +19,7 @@ from tensor_files import write_raw, write_tensors
 from jaxinfer.config import ModelConfig
 from jaxinfer.models import dense_tensors, load_config, safetensors_files, weight_source
 from jaxinfer.models.checkpoint import CheckpointError, load_parameters
-from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
+from jaxinfer.models.transformer import abstract_parameters
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -122,29 +122,6 @@ def test_tensors_known_not_to_matter_may_be_there(tmp_path: Path) -> None:
     }
     write_tensors(tmp_path / "model.safetensors", tensors | extra)
     assert_equal(load_parameters(tmp_path, config, F32), expected_parameters(config, tensors, np.float32))
-
-
-def test_parameters_go_where_they_are_placed(tmp_path: Path) -> None:
-    config = model_config(tmp_path)
-    tensors = random_tensors(config)
-    write_tensors(tmp_path / "model.safetensors", tensors)
-    expected = expected_parameters(config, tensors, np.float32)
-    device = jax.devices()[1]
-    on_device = load_parameters(tmp_path, config, F32, place=lambda spec: device)
-    assert all(array.devices() == {device} for array in on_device)
-    assert_equal(on_device, expected)
-
-    mesh = jax.make_mesh((4,), ("tensor",))
-
-    def by_vocabulary(spec: ParameterSpec) -> jax.sharding.NamedSharding:
-        axes = ("tensor" if axis == "vocab" else None for axis in spec.axes)
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-
-    sharded = load_parameters(tmp_path, config, F32, place=by_vocabulary)
-    assert_equal(sharded, expected)
-    for array, spec in zip(sharded, abstract_parameters(config, F32).values(), strict=True):
-        rows = spec.shape[0] // (4 if spec.axes[0] == "vocab" else 1)
-        assert array.addressable_shards[0].data.shape == (rows, *spec.shape[1:])
 
 
 def test_shipped_model_loads(shipped_model: Path) -> None:

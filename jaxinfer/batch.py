@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from jaxinfer.sampling import TokenCounts
 from jaxinfer.slots import max_cells_per_plan
 from pallas_kernels import attention, devices
 from pallas_kernels.attention import KVSpec, LayerKV
+from sharding.mesh_config import kv_shards
+from sharding.vocabulary import Vocabulary
 
 NO_TOKEN = -1  # in a result: the slot produced nothing in that step
 
@@ -70,13 +72,13 @@ class DeviceState:
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes that shape the device state and every program."""
+    """The sizes that shape the device state and every program; of one data shard, where there are several."""
 
     slots: int  # rows of SlotState: max_num_seqs, at least 2 (a one-row dot has other bits than any other)
     max_len: int
     page_size: int
     pages_per_seq: int
-    num_pages: tuple[int, ...]  # per page group, trash page included
+    num_pages: tuple[int, ...]  # per page group, on each context shard, trash page included
     vocab_size: int
     max_rows: int  # sequences admitted, and prefilled, per mixed step
     max_cells: int
@@ -89,9 +91,11 @@ class Limits:
 
 def limits_of(model: ModelConfig, config: EngineConfig, max_len: int, num_pages: tuple[int, ...]) -> Limits:
     """The sizes an engine with this model, options and page pools runs at."""
-    windows, page_size = [group.window for group in page_groups(model)], page_size_of(config)
+    windows, page_size, mesh = [group.window for group in page_groups(model)], page_size_of(config), config.mesh_sizes
+    least = 2 * mesh.pipe  # two in each micro-batch
+    slots = max(2, config.max_num_seqs // mesh.data)
     return Limits(
-        slots=max(2, config.max_num_seqs),
+        slots=slots if mesh.pipe == 1 else -(-slots // least) * least,
         max_len=max_len,
         page_size=page_size,
         pages_per_seq=math.ceil(max_len / page_size),
@@ -109,21 +113,34 @@ def page_size_of(config: EngineConfig) -> int:
 
 
 def kv_spec(shape: KVShape, config: EngineConfig) -> KVSpec:
-    """The pages of a K/V-owning layer of that shape."""
+    """The pages of a K/V-owning layer of that shape, all its heads in one."""
     dtype = config.dtype if config.kv_dtype == "auto" else config.kv_dtype
     return KVSpec(shape.kv_heads, shape.head_dim, page_size_of(config), jnp.dtype(dtype))
 
 
-def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> DeviceState:
-    """Allocate the device state: no sequence, zeroed pages."""
+def device_kv_spec(shape: KVShape, config: EngineConfig) -> KVSpec:
+    """The pages of such a layer on one device of the mesh: some of the heads."""
+    return replace(
+        kv_spec(shape, config), kv_heads=shape.kv_heads // kv_shards(shape.kv_heads, config.mesh_sizes.group)
+    )
+
+
+def empty_state(
+    model: ModelConfig, config: EngineConfig, limits: Limits, vocabulary: Vocabulary | None = None
+) -> DeviceState:
+    """Allocate the device state: no sequence, zeroed pages. On a mesh: one device's part of it.
+
+    `model` has the layers of one pipeline stage; `vocabulary`: how it is split.
+    """
     groups = page_groups(model)
+    vocabulary = vocabulary or Vocabulary(limits.vocab_size)
     pages_of = {layer: limits.num_pages[g] for g, group in enumerate(groups) for layer in group.layers}
     layers = tuple(
         attention.allocate(
-            kv_spec(model.kv_shape(layer), config),
+            device_kv_spec(model.kv_shape(layer), config),
             pages_of[layer],
             backend=config.attention_backend,
-            q_heads=model.q_heads,
+            q_heads=model.q_heads // config.mesh_sizes.group,
             invariant=config.invariant,
         )
         for layer in sorted(pages_of)
@@ -135,7 +152,7 @@ def empty_state(model: ModelConfig, config: EngineConfig, limits: Limits) -> Dev
         page_table=tuple(ints((limits.slots, limits.pages_per_seq)) for _ in groups),
         num_prompt=ints(limits.slots),
         sampling=sampling.empty_rows(limits.slots),
-        counts=sampling.empty_counts(limits.slots, limits.vocab_size),
+        counts=sampling.empty_counts(limits.slots, vocabulary.local),
         allowed=jnp.full((limits.slots, limits.mask_words), 0xFFFFFFFF, jnp.uint32),
         remaining=ints(limits.slots),
         stop_ids=jnp.full((limits.slots, MAX_STOP_TOKEN_IDS), -1, jnp.int32),
@@ -199,7 +216,7 @@ def admission_record(limits: Limits, num_groups: int) -> Record:
     return Record(
         {
             "num_copies": ((), i32),
-            "copies": ((rows * num_groups, 3), i32),  # group, source, target
+            "copies": ((rows * num_groups, 4), i32),  # group, source, target, context shard
             "slot": ((rows,), i32),  # limits.slots = unused row
             "tokens": ((rows, limits.max_len), i32),
             "num_tokens": ((rows,), i32),
@@ -226,8 +243,11 @@ class Packer:
         self.control = control_record(limits)
         self.admission = admission_record(limits, len(groups))
 
-    def pack_control(self, plan: Plan) -> np.ndarray:
+    def pack_control(self, plan: Plan | None) -> np.ndarray:
+        """What every call may change; None: nothing, and no step is asked for."""
         buffer, view = self.control.new()
+        if plan is None:
+            return buffer
         if plan.stops:
             view["stop"][list(plan.stops)] = 1
         if plan.cells:
@@ -238,13 +258,16 @@ class Packer:
         view["exit_on_free"][()] = plan.exit_on_free
         return buffer
 
-    def pack_admission(self, plan: Plan) -> np.ndarray:
+    def pack_admission(self, plan: Plan | None) -> np.ndarray:
+        """What a mixed step adds; None: nothing."""
         buffer, view = self.admission.new()
-        view["num_copies"][()] = len(plan.copies)
-        for i, copy in enumerate(plan.copies):
-            view["copies"][i] = (copy.group, copy.source, copy.target)
         for name in ("slot", "count_slot", "chunk_slot"):
             view[name][:] = self.limits.slots
+        if plan is None:
+            return buffer
+        view["num_copies"][()] = len(plan.copies)
+        for i, copy in enumerate(plan.copies):
+            view["copies"][i] = (copy.group, copy.source, copy.target, copy.shard)
         for i, admission in enumerate(plan.admissions):
             self._pack_row(i, admission, view)
         for i, chunk in enumerate(plan.chunks):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.rope import LengthRule, RopeSpec, length_rule
+from sharding.mesh_config import MeshConfig, MeshError
 
 if TYPE_CHECKING:
     from jaxinfer.weight_formats import Quantization
@@ -258,12 +260,12 @@ class EngineConfig:
     """How an engine runs a model. Flags are generated from these fields: `max_num_seqs` becomes `--max-num-seqs`."""
 
     dtype: str = _flag("bfloat16", "dtype of weights, activations and K/V", DTYPES)
-    max_num_seqs: int = _flag(16, "decode slots: sequences that run at once", limits=(1, 16_384))
+    max_num_seqs: int = _flag(16, "decode slots: sequences that run at once, over all data shards", limits=(1, 16_384))
     max_model_len: int | None = _flag(
         None, "longest prompt plus completion in tokens (default: what the model allows)", limits=(2, 2**31 - 1)
     )
     max_num_batched_tokens: int = _flag(
-        512, "token budget of one mixed step: decode rows plus prefill chunks", limits=(1, 2**20)
+        512, "token budget of one mixed step of a data shard: decode rows plus prefill chunks", limits=(1, 2**20)
     )
     max_prefill_seqs: int = _flag(4, "sequences that may prefill in one mixed step", limits=(1, 1024))
     min_prefill_bucket: int = _flag(32, "smallest compiled prefill size; buckets double from here", limits=(1, 2**20))
@@ -275,7 +277,7 @@ class EngineConfig:
     )
     kv_memory_bytes: int | None = _flag(
         None,
-        "bytes for K/V pages (default: every slot can reach max_model_len, up to a quarter of memory)",
+        "bytes for K/V pages of each device (default: every slot can reach max_model_len, up to a quarter of memory)",
         limits=(1, 2**63 - 1),
     )
     prefix_caching: bool = _flag(True, "share K/V pages between requests with a common prefix")
@@ -302,6 +304,13 @@ class EngineConfig:
     invariant: bool = _flag(
         False, "a request's bits do not depend on its batch, in bfloat16 too (on CPUs; docs/invariance.md has the cost)"
     )
+    mesh: str = _flag(
+        "",
+        "devices by axis, such as tensor=4,context=2 (axes: pipe, data, context, expert, tensor; default: one device)",
+    )
+    sequence_parallel: bool = _flag(
+        True, "under tensor parallelism, prefill splits the tokens between attention and MLP over the devices too"
+    )
     compilation_cache_dir: str | None = _flag(
         None, "persistent compilation cache (default: ~/.cache/jaxinfer/xla; empty string: off)"
     )
@@ -309,11 +318,20 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for spec in flag_fields(EngineConfig):
             _check_field(spec, getattr(self, spec.name))
+        try:
+            MeshConfig.parse(self.mesh)
+        except MeshError as error:
+            raise ConfigError(str(error)) from error
         if self.min_prefill_bucket > self.max_num_batched_tokens:
             raise ConfigError(
                 f"min_prefill_bucket={self.min_prefill_bucket} is over "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
+
+    @cached_property
+    def mesh_sizes(self) -> MeshConfig:
+        """The mesh's axes and their sizes."""
+        return MeshConfig.parse(self.mesh)
 
     @property
     def prefill_buckets(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,36 +19,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import memory, scoring
-from jaxinfer.batch import DeviceState, Packer, empty_state, limits_of
+from jaxinfer import scoring
+from jaxinfer.batch import DeviceState
+from jaxinfer.blueprint import Blueprint
 from jaxinfer.cache import CacheManager
 from jaxinfer.chat import ChatTemplate
-from jaxinfer.config import EngineConfig, ModelConfig, page_groups
+from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine_info import describe
 from jaxinfer.engine_stats import EngineStats
-from jaxinfer.kernel_check import check_kernels
 from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
-from jaxinfer.models.transformer import merger
+from jaxinfer.outcome import Outcome, Report
 from jaxinfer.output import CompletionStream, Logprobs
+from jaxinfer.placement import check_spans_hosts, mesh_of
 from jaxinfer.plan import Plan, Sequence
 from jaxinfer.programs import Programs, Shape, enable_compilation_cache
 from jaxinfer.request import FinishReason, Request, RequestError, TokenEvent
-from jaxinfer.scheduler import Scheduler
-from jaxinfer.step import Drivers, Outcome, Report
+from jaxinfer.runner import Runner
+from jaxinfer.sharded_scheduler import ShardedScheduler
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.watchdog import Watchdog
+from sharding.control import Message
+from sharding.group import Group
+from sharding.host_arrays import from_devices
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # after which the sequences of the failing call end with an error
 
 
+Plans = tuple[Plan | None, ...]  # of one call: a plan per data shard
+
+
 @dataclass
 class _Flight:
     """A device call whose result was not read yet."""
 
-    plan: Plan
+    plans: Plans
     shape: Shape
     outcome: Outcome
     dispatched_s: float
@@ -55,7 +63,7 @@ class _Flight:
 
 
 class Engine:
-    """Serves one model on one device. Not thread-safe: one thread owns it, but for `check_request`."""
+    """Serves one model on one device or mesh. Not thread-safe: one thread owns it, but for `check_request`."""
 
     def __init__(
         self,
@@ -63,9 +71,13 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         progress: Callable[[str], None] | None = None,
+        devices: Seq[jax.Device] | None = None,
+        group: Group | None = None,
     ):
         """Load the weights and allocate the pages; `warm_up` compiles.
 
+        `devices`: those to use, `config.mesh` of them (default: the first there are). `group`: of hosts that make one
+        engine each, over one mesh; the first one's serves, the others' `follow`.
         Raises ConfigError or CheckpointError, naming what is wrong with the directory or the options.
         """
         self.config = config = EngineConfig() if config is None else config
@@ -74,27 +86,32 @@ class Engine:
         self.tokenizer = Tokenizer.load(self.model_dir)
         self.chat_template = ChatTemplate.load(self.model_dir)
         enable_compilation_cache(config)
-        self.max_model_len = memory.max_model_len(self.model, config)
-        self.num_pages = memory.pages_per_group(self.model, config, self.max_model_len)
-        check_kernels(self.model, config)
+        self.blueprint = blueprint = Blueprint(self.model, config, mesh_of(self.model, config, devices))
+        self.max_model_len, self.num_pages = blueprint.max_model_len, blueprint.limits.num_pages
+        if group is not None:
+            check_spans_hosts(blueprint.mesh, group.size)
         if config.invariant:
             log.info("invariant=True: bits do not depend on the batch; benchmarks/invariance.py measures the cost")
-        self._limits = limits_of(self.model, config, self.max_model_len, self.num_pages)
-        self._groups = page_groups(self.model)
-        self._packer = Packer(self.model, self._limits, self._groups)
-        dtype = jnp.dtype(config.dtype)
         loaded = load_parameters(
-            self.model_dir, self.model, dtype, progress=None if progress is None else lambda name, *_: progress(name)
+            self.model_dir,
+            self.model,
+            jnp.dtype(config.dtype),
+            placed=blueprint.placed,
+            progress=None if progress is None else lambda name, *_: progress(name),
         )
-        self._parameters = tuple(jax.tree.leaves(loaded))
-        self._state: DeviceState = empty_state(self.model, config, self._limits)
-        drivers = Drivers(self.model, self._limits, merger(self.model, dtype, config.matmul_backend, config.invariant))
-        self._programs = Programs(drivers, self._packer, config, self._parameters, self._state)
-        self._cache = CacheManager(
-            self._groups, self.num_pages, self._limits.page_size, prefix_caching=config.prefix_caching
-        )
-        self._scheduler = Scheduler(
-            config, self._cache, max_model_len=self.max_model_len, length_rule=self.model.length_rule
+        self._runner = Runner(blueprint, tuple(jax.tree.leaves(loaded)), group)
+        caches = [
+            CacheManager(
+                blueprint.groups,
+                self.num_pages,
+                blueprint.limits.page_size,
+                prefix_caching=config.prefix_caching,
+                context=blueprint.parallel.context,
+            )
+            for _ in range(blueprint.parallel.data)
+        ]
+        self._scheduler = ShardedScheduler(
+            config, caches, max_model_len=self.max_model_len, length_rule=self.model.length_rule
         )
         self._watchdog = Watchdog(config.watchdog_s)
         self._streams: dict[int, CompletionStream] = {}  # by sequence id
@@ -104,6 +121,8 @@ class Engine:
         self._num_requests = 0
         self._failures_in_a_row = 0
         self._counters = dict.fromkeys(("calls", "failed", "prompt", "cached", "generated"), 0)
+        self._num_dispatched = 0
+        self._stage_ticks = np.zeros(2, np.int64)  # of pipelined loops: all, and those that had work
         self._copies_early = jax.default_backend() != "cpu"  # there is nothing to copy there, and asking costs 0.1 ms
         self._step_time_s = 0.0
         self._last_ready_s = 0.0
@@ -168,23 +187,23 @@ class Engine:
         """Plan and dispatch the next device call, then read the one before it."""
         start, cpu_start = time.perf_counter(), time.thread_time()
         waited = 0.0
-        plan = self._scheduler.plan(max_steps=self._loop_length())
+        plans = self._scheduler.plan(max_steps=self._loop_length())
         flight, failure = None, None
-        if plan is not None:
+        if plans is not None:
             try:
-                flight = self._dispatch(plan)
-            except Exception as error:  # the plan counts as in flight: whatever it is, recover
-                failure = (error, plan)
+                flight = self._dispatch(plans)
+            except Exception as error:  # the plans count as in flight: whatever it is, recover
+                failure = (error, plans)
         events: list[TokenEvent] = []
         last, self._flight = self._flight, flight
         if last is not None and failure is None:
             waiting = time.perf_counter()
             try:
                 with self._watchdog.watch(str(last.shape)):
-                    main = np.asarray(last.outcome.main)
+                    main = from_devices(last.outcome.main)
                     self._read_scoring(last)
             except Exception as error:
-                failure = (error, last.plan)
+                failure = (error, last.plans)
             else:
                 waited = time.perf_counter() - waiting
                 events += self._apply(last, main)
@@ -193,7 +212,7 @@ class Engine:
         if self._ended:
             events += self._ended
             self._ended = []
-        if last is not None or plan is not None:
+        if last is not None or plans is not None:
             self._host_s.append((time.thread_time() - cpu_start, time.perf_counter() - start - waited))
             if len(self._host_s) > 4096:
                 del self._host_s[:2048]
@@ -206,23 +225,23 @@ class Engine:
         steps = int(self.config.stream_interval_s / self._step_time_s)
         return max(1, min(self.config.loop_steps, steps))
 
-    def _dispatch(self, plan: Plan) -> _Flight:
-        prefill_tokens = sum(chunk.length for chunk in plan.chunks)
-        shape = self._programs.shape_for(plan.num_slots, prefill_tokens)
-        program = self._programs.get(shape)
-        buffers = [self._packer.pack_control(plan)]
-        if plan.chunks:
-            buffers.append(self._packer.pack_admission(plan))
+    def _dispatch(self, plans: Plans) -> _Flight:
+        active = [plan for plan in plans if plan is not None]
+        prefill_tokens = max(sum(chunk.length for chunk in plan.chunks) for plan in active)
+        shape = self.programs.shape_for(max(plan.num_slots for plan in active), prefill_tokens)
+        self.programs.get(shape)  # compiled here, it does not count as the call's time
+        buffers = self._runner.pack(plans)
         dispatched_s = time.perf_counter()
-        self._state, outcome = program(self._parameters, self._state, *buffers)
+        call = self._num_dispatched = self._num_dispatched + 1
+        outcome = self._runner.step(shape, buffers, call)
         if self._copies_early:
             outcome.main.copy_to_host_async()
-        scores = None if outcome.hidden is None else scoring.dispatch(plan, outcome.hidden, self._run_reader)
-        return _Flight(plan, shape, outcome._replace(hidden=None), dispatched_s, scores)
-
-    def _run_reader(self, name: str, hidden: jax.Array, *arguments: np.ndarray) -> Any:
-        """Call a program of scoring.READERS on a mixed step's hidden rows."""
-        return self._programs.get(Shape(0, hidden.shape[0], name))(self._parameters, hidden, *arguments)
+        scores = None
+        if shape.prefill_tokens:
+            scores = scoring.dispatch(
+                plans, shape.prefill_tokens, lambda name, *arguments: self._runner.read(name, call, arguments)
+            )
+        return _Flight(plans, shape, outcome._replace(hidden=None), dispatched_s, scores)
 
     def _read_scoring(self, flight: _Flight) -> None:
         """Take what prompts were scored for; who cannot have it ends, before the call's other results are applied."""
@@ -231,21 +250,27 @@ class Engine:
             self._end(sequence, FinishReason.ERROR, error)
 
     def _apply(self, flight: _Flight, main: np.ndarray) -> list[TokenEvent]:
-        report = Report.read(main)
-        logprobs = Logprobs(report.logprob_bits, flight.outcome.top_ids, flight.outcome.top_logprobs)
-        self._measure(flight, report.steps)
+        slots = len(main) // len(flight.plans)
+        reports = [Report.read(main[shard * slots :][:slots]) for shard in range(len(flight.plans))]
+        self._measure(flight, max(report.steps for report in reports))
         self._counters["calls"] += 1
         self._failures_in_a_row = 0
+        if flight.outcome.busy is not None:
+            self._stage_ticks += from_devices(flight.outcome.busy)
+        results = [None if plan is None else r.result for plan, r in zip(flight.plans, reports, strict=True)]
         events = []
-        for update in self._scheduler.apply(flight.plan, report.result):
-            sequence = update.sequence
-            event = self._streams[sequence.seq_id].push(update, logprobs)
-            self._counters["generated"] += len(event.token_ids)
-            if event.finish_reason is not None:
-                if update.finish_reason is None:  # a stop string, which only the host sees
-                    self._scheduler.finish(sequence, event.finish_reason)
-                self._forget(sequence)
-            events.append(event)
+        for shard, updates in enumerate(self._scheduler.apply(flight.plans, results)):
+            top = flight.outcome.top_ids, flight.outcome.top_logprobs
+            logprobs = Logprobs(reports[shard].logprob_bits, *top, first_slot=shard * slots)
+            for update in updates:
+                sequence = update.sequence
+                event = self._streams[sequence.seq_id].push(update, logprobs)
+                self._counters["generated"] += len(event.token_ids)
+                if event.finish_reason is not None:
+                    if update.finish_reason is None:  # a stop string, which only the host sees
+                        self._scheduler.finish(sequence, event.finish_reason)
+                    self._forget(sequence)
+                events.append(event)
         return events
 
     def _measure(self, flight: _Flight, steps: int) -> None:
@@ -269,28 +294,33 @@ class Engine:
         if not siblings:
             del self._sequences[sequence.request.request_id]
 
-    def _recover(self, error: Exception, plan: Plan) -> None:
+    def _recover(self, error: Exception, plans: Plans) -> None:
         """The donated state is gone: allocate it anew and replay the running sequences from the host's tokens."""
         self._counters["failed"] += 1
         self._failures_in_a_row += 1
         log.error("device call failed (%d in a row), replaying: %s", self._failures_in_a_row, error)
         self._flight = None
         if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-            affected = {id(s): s for s in [*(s for _, s in plan.running), *(chunk.sequence for chunk in plan.chunks)]}
-            for sequence in affected.values():
+            named = [
+                s for plan in plans if plan for s in (*(s for _, s in plan.running), *(c.sequence for c in plan.chunks))
+            ]
+            for sequence in {id(sequence): sequence for sequence in named}.values():
                 if sequence.seq_id in self._streams:
                     self._scheduler.finish(sequence, FinishReason.ERROR)
                     text = f"the device call failed {self._failures_in_a_row} times in a row; the server's log says how"
                     self._end(sequence, FinishReason.ERROR, text)
         self._scheduler.reset_device()
-        del self._state
-        self._state = empty_state(self.model, self.config, self._limits)
+        self._runner.reset()
+
+    def follow(self, message: Message) -> Any:
+        """On a host other than the first: make the device call that the first one makes; what to wait for."""
+        return self._runner.obey(message)
 
     # ---- start and inspection
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile the declared programs; from then on a compile is a counted, logged event."""
-        self._programs.warm_up(progress)
+        self.programs.warm_up(progress)
         gc.collect()
         gc.freeze()  # what lives now lives long; collections in the loop need not walk it (up to 20 ms each)
 
@@ -298,12 +328,12 @@ class Engine:
         """AssertionError when a page or slot leaked. Call it when idle."""
         self._scheduler.check()  # the cache's books included
         if not self.has_work():
-            used = [usage.used for usage in self._cache.usage()]
+            used = [usage.used for usage in self._scheduler.usage()]
             assert not any(used), f"pages in use while idle, per group: {used}"
             assert not self._streams, f"sequences never ended: {sorted(self._streams)}"
 
     def stats(self) -> EngineStats:
-        usage = self._cache.usage()
+        usage = self._scheduler.usage()
         cpu_s, wall_s = np.median(self._host_s, axis=0) if self._host_s else (0.0, 0.0)
         return EngineStats(
             num_running=self._scheduler.num_running,
@@ -318,10 +348,11 @@ class Engine:
             host_us_per_loop=1e6 * float(cpu_s),
             host_wall_us_per_loop=1e6 * float(wall_s),
             step_time_s=self._step_time_s,
-            pages_total=tuple(pages - 1 for pages in self.num_pages),
+            pages_total=tuple(u.total for u in usage),
             pages_used=tuple(u.used for u in usage),
             pages_cached=tuple(u.cached for u in usage),
-            compiles_after_warmup=self._programs.compiles_after_warmup,
+            compiles_after_warmup=self.programs.compiles_after_warmup,
+            pipeline_bubble=1 - float(self._stage_ticks[1] / self._stage_ticks[0]) if self._stage_ticks[0] else 0.0,
         )
 
     def info(self) -> dict[str, Any]:
@@ -330,18 +361,18 @@ class Engine:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of all weights as they are held."""
-        return sum(int(array.nbytes) for array in self._parameters)
+        """Bytes of all weights as they are held, once however many devices hold them."""
+        return sum(int(array.nbytes) for array in self._runner.parameters)
 
     @property
     def programs(self) -> Programs:
         """The compiled programs."""
-        return self._programs
+        return self._runner.programs
 
     @property
     def device_state(self) -> DeviceState:
         """What lies on the device between calls; the next call takes it."""
-        return self._state
+        return self._runner.state
 
     def close(self) -> None:
         """Stop the watchdog, end the chat template's process and drop the device arrays."""
@@ -349,7 +380,7 @@ class Engine:
         if self.chat_template is not None:
             self.chat_template.close()
         self._flight = None
-        del self._state, self._parameters
+        self._runner.close()
 
 
 def _mix(value: int) -> int:

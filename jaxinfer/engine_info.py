@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.batch import kv_spec, page_size_of
+from jaxinfer.batch import device_kv_spec, kv_spec, page_size_of
+from jaxinfer.blueprint import device_bytes
 from jaxinfer.config import EngineConfig, KVShape, ModelConfig, PageGroup, page_groups
 from jaxinfer.models.transformer import abstract_parameters
 from jaxinfer.perf.kv_size import kv_choices
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def describe(engine: Engine) -> dict[str, Any]:
     """The model, effective options, memory, kernels, versions."""
     model, config, state = engine.model, engine.config, engine.device_state
-    device = state.slots.tokens.devices()
+    mesh = engine.blueprint.mesh
+    devices: list[Any] = sorted(state.slots.tokens.sharding.device_set, key=lambda device: device.id)
     return {
         "model": str(engine.model_dir.name),
         **_shape(model, config),
@@ -38,7 +40,11 @@ def describe(engine: Engine) -> dict[str, Any]:
         "invariant": config.invariant,
         "programs": [str(shape) for shape in engine.programs.declared()],
         "programs_on_demand": [str(shape) for shape in engine.programs.on_demand()],
-        "device": str(device).strip("{}"),
+        "device": str(devices[0]),
+        "num_devices": len(devices),
+        "mesh": {} if mesh is None else {axis: size for axis, size in mesh.config.sizes.items() if size > 1},
+        "parameter_bytes_per_device": sum(map(device_bytes, engine.blueprint.parameters)),
+        "kv_bytes_per_device": sum(map(device_bytes, jax.tree.leaves(engine.blueprint.state.cache))),
         "platform": jax.default_backend(),
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
     }
@@ -70,7 +76,9 @@ def _memory(model: ModelConfig, config: EngineConfig, max_model_len: int, num_pa
             "head_dim": group.shape.head_dim,
             "layers": list(group.layers),
             "num_pages": pages - 1,
-            "page_bytes": row_bytes(group.shape) * page_size_of(config) * len(group.layers),
+            "page_bytes": device_kv_spec(group.shape, config).token_bytes
+            * page_size_of(config)
+            * (len(group.layers) // config.mesh_sizes.pipe),
         }
 
     groups = page_groups(model)

@@ -25,3 +25,4 @@ class EngineStats:
     pages_used: tuple[int, ...]
     pages_cached: tuple[int, ...]
     compiles_after_warmup: int
+    pipeline_bubble: float  # share of pipeline stages' ticks without work, of decode loops; 0 without a pipeline

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxinfer.batch import kv_spec
+from jaxinfer.batch import device_kv_spec
 from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, page_groups
 from jaxinfer.models.quantized_checkpoint import abstract_weight
-from jaxinfer.models.transformer import ParameterSpec, abstract_parameters
+from jaxinfer.placement import PlacedParameter
 from pallas_kernels import attention, devices, grouped_matmul, matmul
 from pallas_kernels.dispatch import BackendError
 
 INVARIANT_PLATFORMS = ("cpu",)
 
 
-def check_kernels(model: ModelConfig, config: EngineConfig) -> None:
-    """ConfigError where no kernel, or not the one asked for, takes this model's pages or weights."""
+def check_kernels(model: ModelConfig, config: EngineConfig, placed: tuple[PlacedParameter, ...]) -> None:
+    """ConfigError where no kernel, or not the one asked for, takes a device's part of this model's pages or weights."""
     platform = devices.current().platform
     if config.invariant and platform not in INVARIANT_PLATFORMS:
         raise ConfigError(
             f"invariant=True is supported on {', '.join(INVARIANT_PLATFORMS)}, not on {platform}, where no test has "
             "shown that a row's bits do not depend on its batch; leave it out"
         )
+    if config.invariant and config.mesh_sizes.num_devices > 1:
+        raise ConfigError(
+            f"invariant=True is for one device, not for mesh={config.mesh!r}, where no test has shown that a row's bits do "
+            "not depend on its batch; leave one of them out"
+        )
     for group in page_groups(model):
-        spec = kv_spec(group.shape, config)
+        spec, q_heads = device_kv_spec(group.shape, config), model.q_heads // config.mesh_sizes.group
         try:
-            attention.choose(spec, backend=config.attention_backend, q_heads=model.q_heads, invariant=config.invariant)
+            attention.choose(spec, backend=config.attention_backend, q_heads=q_heads, invariant=config.invariant)
         except BackendError as error:
             raise ConfigError(f"attention_backend={config.attention_backend}: {error}") from error
-    specs = abstract_parameters(model, jnp.dtype(config.dtype))
-    products = {_product(spec): name for name, spec in specs.items()}
+    products = {_product(parameter): parameter.names[0] for parameter in placed}
     for (shape, stored), name in products.items():
         try:
             _check_product(shape, stored, config)
@@ -39,9 +41,10 @@ def check_kernels(model: ModelConfig, config: EngineConfig) -> None:
             raise ConfigError(f"matmul_backend={config.matmul_backend}: for {name}, {error}") from error
 
 
-def _product(spec: ParameterSpec) -> tuple[tuple[int, ...], str]:
-    """What a kernel is chosen by: the weight's shape and format."""
-    return spec.shape, "dense" if spec.format is None else abstract_weight(spec.format, spec.shape).format
+def _product(parameter: PlacedParameter) -> tuple[tuple[int, ...], str]:
+    """What a kernel is chosen by: the shape of a device's part of the weight, and its format."""
+    stored, shape = parameter.spec.format, parameter.device_shape
+    return shape, "dense" if stored is None else abstract_weight(stored, shape).format
 
 
 def _check_product(shape: tuple[int, ...], stored: str, config: EngineConfig) -> None:

@@ -33,6 +33,7 @@ from jaxinfer.request import (
     TokenLogprobs,
     check_token_ids,
 )
+from sharding.group import Group as HostGroup
 
 Prompt = str | Sequence[int] | Conversation
 LONGEST_SLEEP_S = 0.02
@@ -80,13 +81,22 @@ class LLM:
     >>> llm.generate("def add(a, b):")[0].outputs[0].text
     """
 
-    def __init__(self, model: str | Path | None = None, *, warm_up: bool = True, **engine_options: Any):
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        warm_up: bool = True,
+        group: HostGroup | None = None,
+        **engine_options: Any,
+    ):
         """Load `model` (a Hugging Face directory; None: the shipped model) and compile.
 
         `engine_options` are fields of EngineConfig. `warm_up=False` compiles each program when it is first needed.
+        `group`: the hosts that run one engine together; this is the first of them.
         Raises ConfigError or CheckpointError.
         """
-        self.engine = Engine(shipped_model() if model is None else model, EngineConfig(**engine_options))
+        config = EngineConfig(**engine_options)
+        self.engine = Engine(shipped_model() if model is None else model, config, group=group)
         if warm_up:
             self.engine.warm_up()
         self._num_requests = 0

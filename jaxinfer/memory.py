@@ -7,7 +7,7 @@ import os
 
 import jax
 
-from jaxinfer.batch import kv_spec, page_size_of
+from jaxinfer.batch import device_kv_spec, page_size_of
 from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, PageGroup, page_groups
 
 
@@ -25,24 +25,31 @@ def max_model_len(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tuple[int, ...]:
-    """Pages of each page group, trash page included: enough for every slot, cut to the memory there may be used.
+    """Pages of each page group on one device, trash page included: for every slot, cut to the memory there may be used.
+
+    A data shard has its slots' pages alone, a context shard its part of every sequence's, a stage its layers'.
 
     Raises ConfigError where not even one sequence of `length` tokens fits; the message says how many bytes would do.
     """
-    groups = page_groups(model)
+    groups, mesh = page_groups(model), config.mesh_sizes
     page_size = page_size_of(config)
-    page_bytes = [kv_spec(group.shape, config).token_bytes * page_size * len(group.layers) for group in groups]
-    per_sequence = [_pages_per_sequence(group, config, length, page_size) for group in groups]
+    page_bytes = [
+        device_kv_spec(group.shape, config).token_bytes * page_size * len(group.layers) // mesh.pipe for group in groups
+    ]
+    per_sequence = [math.ceil(_pages_per_sequence(group, config, length, page_size) / mesh.context) for group in groups]
     least = [pages + 2 for pages in per_sequence]  # with the trash page and one to copy from
-    more = [(config.max_num_seqs - 1) * pages for pages in per_sequence]
+    more = [(config.max_num_seqs // mesh.data - 1) * pages for pages in per_sequence]
     least_bytes, more_bytes = (
         sum(pages * size for pages, size in zip(counts, page_bytes, strict=True)) for counts in (least, more)
     )
-    budget = config.kv_memory_bytes if config.kv_memory_bytes is not None else _device_memory_bytes() // 4
+    budget = config.kv_memory_bytes
+    if budget is None:
+        budget = _device_memory_bytes(mesh.num_devices) // 4
     if budget < least_bytes:
         raise ConfigError(
             f"kv_memory_bytes={budget} is too little: one sequence of max_model_len={length} needs {least_bytes} "
-            "bytes; give at least that many or lower max_model_len"
+            f"bytes{' on each device' if mesh.num_devices > 1 else ''}; give at least that many, lower max_model_len"
+            ", or spread sequences over more devices with a context axis of the mesh"
         )
     spare = min(budget - least_bytes, more_bytes)
     return tuple(few + many * spare // max(1, more_bytes) for few, many in zip(least, more, strict=True))
@@ -56,8 +63,9 @@ def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int, pag
     return math.ceil(rows / page_size) + (0 if group.window is None else 2)  # pages slide out late
 
 
-def _device_memory_bytes() -> int:
-    stats = jax.devices()[0].memory_stats()
+def _device_memory_bytes(num_devices: int) -> int:
+    """Of one of them; devices of a CPU share its memory."""
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // min(num_devices, jax.local_device_count())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from jaxinfer.plan import Sequence, Update
 from jaxinfer.request import FinishReason, PromptLogprob, PromptLogprobs, TokenEvent, TokenLogprobs
 from jaxinfer.tokenizer import StopMatcher, Tokenizer
+from sharding.host_arrays import from_devices
 
 
 class Logprobs:
     """A call's log-probabilities on the host. The alternatives are fetched only when a request asks for them."""
 
-    def __init__(self, bits: np.ndarray, top_ids: object, top_logprobs: object):
-        self._bits = bits  # i32[slots, steps]: float32 bits
+    def __init__(self, bits: np.ndarray, top_ids: jax.Array, top_logprobs: jax.Array, first_slot: int = 0):
+        self._bits = bits  # i32[slots, steps]: float32 bits, of the slots from `first_slot` on
+        self._first_slot = first_slot
         self._top = (top_ids, top_logprobs)
         self._fetched: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -22,8 +25,8 @@ class Logprobs:
         top: tuple[tuple[int, float], ...] = ()
         if num_top:
             if self._fetched is None:
-                self._fetched = (np.asarray(self._top[0]), np.asarray(self._top[1]))
-            ids, values = (array[step, slot, :num_top] for array in self._fetched)
+                self._fetched = (from_devices(self._top[0]), from_devices(self._top[1]))
+            ids, values = (array[step, self._first_slot + slot, :num_top] for array in self._fetched)
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenLogprobs(float(self._bits[slot, step].view(np.float32)), top)
 

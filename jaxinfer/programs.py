@@ -7,69 +7,31 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxinfer import scoring
-from jaxinfer.batch import DeviceState, Packer
+from jaxinfer.blueprint import Blueprint
 from jaxinfer.config import ConfigError, EngineConfig, default_compilation_cache
-from jaxinfer.step import Drivers, Parameters
+from jaxinfer.program_shapes import Shape, slot_buckets
+
+__all__ = ["Programs", "Shape", "enable_compilation_cache", "slot_buckets"]
 
 MIN_MIXED_SLOTS = 16  # below that a prefill hardly notices its decode rows, and each program costs seconds to compile
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, order=True)
-class Shape:
-    """One program: a decode loop over `num_slots` slots, or a mixed step with `prefill_tokens` besides.
-
-    Or, with a name of scoring.READERS, one that reads the hidden rows a mixed step of so many tokens left.
-    """
-
-    num_slots: int
-    prefill_tokens: int = 0  # 0: decode_loop
-    reader: str = ""
-
-    def __str__(self) -> str:
-        if self.reader:
-            return f"prompt_{self.reader}[{self.prefill_tokens} tokens]"
-        if self.prefill_tokens:
-            return f"mixed_step[{self.num_slots} slots + {self.prefill_tokens} tokens]"
-        return f"decode_loop[{self.num_slots} slots]"
-
-
-def slot_buckets(slots: int) -> list[int]:
-    """Numbers of slots that programs run over: `slots`, quartered while above 4, ascending."""
-    buckets = [slots]
-    while buckets[0] > 4:
-        buckets.insert(0, max(2, buckets[0] // 4))
-    return buckets
-
-
 class Programs:
     """Compile ahead of time and look up by shape. `compiles_after_warmup` counts strays, each of them logged."""
 
-    def __init__(
-        self, drivers: Drivers, packer: Packer, config: EngineConfig, parameters: Parameters, state: DeviceState
-    ):
-        self._drivers = drivers
-        self._slots = slot_buckets(drivers.limits.slots)
+    def __init__(self, blueprint: Blueprint):
+        self._blueprint = blueprint
+        self._slots = slot_buckets(blueprint.limits.slots, 2 * blueprint.parallel.stages)
         self._mixed_slots = [n for n in self._slots if n >= MIN_MIXED_SLOTS] or self._slots[-1:]
-        self._tokens = config.prefill_buckets
-        self._abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (parameters, state)
-        )
-        self._buffers = tuple(
-            jax.ShapeDtypeStruct((record.size,), "int32") for record in (packer.control, packer.admission)
-        )
-        self._dtype = config.dtype
-        # XLA may leave out roundings to bfloat16 between operations it fuses, which differ from program to program
-        self._options = {"xla_allow_excess_precision": False} if config.invariant else {}
+        self._tokens = blueprint.config.prefill_buckets
         self._compiled: dict[Shape, Callable[..., Any]] = {}
         self._lock = threading.Lock()
         self._warm = False
@@ -113,30 +75,13 @@ class Programs:
         """The compiled program, compiled now where it is not there yet. A step's gives (DeviceState, Outcome)."""
         program = self._compiled.get(shape)
         if program is None:
-            program = self._compile(shape)
+            program = self._blueprint.compile(shape)
             with self._lock:
                 if self._warm and not shape.reader:
                     self.compiles_after_warmup += 1
                     log.warning("compiled %s after warm-up", shape)
                 self._compiled[shape] = program
         return program
-
-    def _compile(self, shape: Shape) -> Any:
-        if shape.reader:
-            return self._compile_reader(shape)
-        if shape.prefill_tokens:
-            driver = partial(self._drivers.mixed_step, num_slots=shape.num_slots, prefill_tokens=shape.prefill_tokens)
-            arguments = (*self._abstract, *self._buffers)
-        else:
-            driver = partial(self._drivers.decode_loop, num_slots=shape.num_slots)
-            arguments = (*self._abstract, self._buffers[0])
-        return jax.jit(driver, donate_argnums=1).lower(*arguments).compile(self._options)
-
-    def _compile_reader(self, shape: Shape) -> Any:
-        reader = partial(scoring.READERS[shape.reader], self._drivers.merge)
-        hidden = jax.ShapeDtypeStruct((shape.prefill_tokens, self._drivers.model.embed_size), self._dtype)
-        arguments = (self._abstract[0], hidden, *scoring.reader_arguments(shape.reader, shape.prefill_tokens))
-        return jax.jit(reader).lower(*arguments).compile(self._options)
 
 
 _cache_lock = threading.Lock()

@@ -7,8 +7,9 @@ stays bounded), which rows of a call belong to whom, and that a preempted or rep
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer import sampling
+from jaxinfer import logprobs
 from jaxinfer.models.transformer import Decoder
 from jaxinfer.output import CompletionStream
 from jaxinfer.plan import Plan, Sequence
 from jaxinfer.request import MAX_TOP_LOGPROBS
+from sharding.host_arrays import from_devices
+from sharding.vocabulary import Vocabulary
 
 BLOCK_ROWS = 64  # rows unembedded at once: f32[64, vocab] is 33 MB for a vocabulary of 128k
 NO_TARGET = -1  # a row nobody asked about
@@ -29,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Parameters = tuple[jax.Array, ...]
 Merge = Callable[[Parameters], Decoder]
-Run = Callable[..., Any]  # run(name, hidden, *arguments): a program of READERS
+Run = Callable[..., Any]  # run(name, *arguments): a program of READERS on the call's hidden rows
 
 
 class Scores(NamedTuple):
@@ -45,11 +48,17 @@ class Scores(NamedTuple):
 
 
 def prompt_scores(
-    merge: Merge, parameters: Parameters, hidden: jax.Array, targets: jax.Array, num_top: jax.Array
+    merge: Merge,
+    parameters: Parameters,
+    hidden: jax.Array,
+    targets: jax.Array,
+    num_top: jax.Array,
+    vocabulary: Vocabulary | None = None,
 ) -> Scores:
     """Score `targets: i32[rows]` against normed `hidden [rows, embed]` (traced).
 
     NO_TARGET skips a row, and a block of such rows costs nothing. The alternatives are zeros while num_top i32[] is 0.
+    The model's logits are this device's columns of `vocabulary`: all of them by default.
     """
     model = merge(parameters)
     num_rows = hidden.shape[0]
@@ -64,6 +73,7 @@ def prompt_scores(
             model.unembed(lax.dynamic_slice_in_dim(hidden, at, BLOCK_ROWS)),
             lax.dynamic_slice_in_dim(targets, at, BLOCK_ROWS),
             num_top,
+            vocabulary,
         )
         return Scores(
             *(lax.dynamic_update_slice_in_dim(whole, part, at, 0) for whole, part in zip(scores, block, strict=True))
@@ -73,13 +83,20 @@ def prompt_scores(
     return Scores(*(values[:num_rows] for values in scores))
 
 
-def prompt_logits(merge: Merge, parameters: Parameters, hidden: jax.Array, start: jax.Array) -> jax.Array:
+def prompt_logits(
+    merge: Merge,
+    parameters: Parameters,
+    hidden: jax.Array,
+    start: jax.Array,
+    vocabulary: Vocabulary | None = None,
+) -> jax.Array:
     """Logits f32[BLOCK_ROWS, vocab] of the rows of `hidden [rows, embed]` from `start: i32[]` on (traced).
 
-    Rows past the end hold anything.
+    Rows past the end hold anything. Columns are gathered where `vocabulary` is split; by default it is not.
     """
     padded = jnp.pad(hidden, ((0, BLOCK_ROWS), (0, 0)))
-    return merge(parameters).unembed(lax.dynamic_slice_in_dim(padded, start, BLOCK_ROWS))
+    logits = merge(parameters).unembed(lax.dynamic_slice_in_dim(padded, start, BLOCK_ROWS))
+    return (vocabulary or Vocabulary(logits.shape[1])).whole(logits)
 
 
 READERS: dict[str, Callable[..., Any]] = {"scores": prompt_scores, "logits": prompt_logits}
@@ -104,15 +121,23 @@ def _no_scores(rows: int) -> Scores:
     )
 
 
-def _score_block(logits: jax.Array, targets: jax.Array, num_top: jax.Array) -> Scores:
-    """logits f32[BLOCK_ROWS, vocab], targets i32[BLOCK_ROWS] -> the scores of these rows."""
+def _score_block(
+    logits: jax.Array, targets: jax.Array, num_top: jax.Array, vocabulary: Vocabulary | None = None
+) -> Scores:
+    """logits f32[BLOCK_ROWS, local], targets i32[BLOCK_ROWS] -> the scores of these rows."""
+    vocabulary = vocabulary or Vocabulary(logits.shape[1])
+    assert logits.shape[1] == vocabulary.local, (logits.shape, vocabulary)
     asked = targets >= 0
-    normalizer = sampling.log_normalizers(logits)
-    own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)
-    ranks = 1 + jnp.sum(logits > own, axis=1, dtype=jnp.int32)
+    normalizer = logprobs.log_normalizers(logits, vocabulary)
+    own = vocabulary.take(logits, jnp.maximum(targets, 0)[:, None])
+    ranks = 1 + vocabulary.sum(jnp.sum(logits > own, axis=1, dtype=jnp.int32))
     empty = _no_scores(logits.shape[0])
     top_ids, top_logprobs = lax.cond(
-        num_top > 0, sampling.best_logprobs, lambda *_: (empty.top_ids, empty.top_logprobs), logits, normalizer
+        num_top > 0,
+        partial(logprobs.best_logprobs, vocabulary=vocabulary),
+        lambda *_: (empty.top_ids, empty.top_logprobs),
+        logits,
+        normalizer,
     )
     return Scores(jnp.where(asked, own[:, 0] - normalizer, 0.0), jnp.where(asked, ranks, 0), top_ids, top_logprobs)
 
@@ -135,7 +160,6 @@ class Scoring:
     """What is wanted of one call's prompt rows, under way on the device."""
 
     rows: tuple[Rows, ...]
-    hidden: jax.Array  # [prefill_tokens, embed]
     scores: Scores | None  # None: only logits are wanted
     run: Run
 
@@ -166,7 +190,7 @@ class Scoring:
         assert listener is not None
         for offset in range(0, rows.count, BLOCK_ROWS):
             count = min(BLOCK_ROWS, rows.count - offset)
-            logits = np.asarray(self.run("logits", self.hidden, np.int32(rows.row + offset)))[:count]
+            logits = from_devices(self.run("logits", np.int32(rows.row + offset)))[:count]
             try:
                 listener(rows.first + offset, logits)
             except Exception as error:  # the caller's own code; its request alone shall suffer
@@ -176,23 +200,25 @@ class Scoring:
         return None
 
 
-def dispatch(plan: Plan, hidden: jax.Array, run: Run) -> Scoring | None:
-    """Start what the plan's prompt rows are wanted for; None when nobody wants any.
+def dispatch(plans: Iterable[Plan | None], num_rows: int, run: Run) -> Scoring | None:
+    """Start what the plans' prompt rows are wanted for; None when nobody wants any.
 
-    hidden [prefill_tokens, embed]: the plan's chunks, packed in their order. run calls a program of READERS by name.
+    num_rows: hidden rows of each data shard's plan, its chunks packed in their order. run(name, *arguments) calls a
+    program of READERS on all of them.
     """
-    rows = _wanted_rows(plan)
+    plans = list(plans)
+    rows = [row for shard, plan in enumerate(plans) if plan for row in _wanted_rows(plan, shard * num_rows)]
     if not rows:
         return None
     scored = [r for r in rows if r.sequence.request.sampling.prompt_logprobs is not None]
-    scores = run("scores", hidden, _targets(scored, hidden.shape[0]), _most_alternatives(scored)) if scored else None
-    return Scoring(tuple(rows), hidden, scores, run)
+    targets = _targets(scored, len(plans) * num_rows)
+    scores = run("scores", targets, _most_alternatives(scored)) if scored else None
+    return Scoring(tuple(rows), scores, run)
 
 
-def _wanted_rows(plan: Plan) -> list[Rows]:
-    """Rows of the plan's chunks that are to be scored and were not yet."""
+def _wanted_rows(plan: Plan, packed: int) -> list[Rows]:
+    """Rows of the plan's chunks, `packed` from there on, that are to be scored and were not yet."""
     rows: list[Rows] = []
-    packed = 0
     for chunk in plan.chunks:
         first = max(chunk.start, chunk.sequence.num_scored)
         end = min(chunk.start + chunk.length, chunk.sequence.rows_to_score)
@@ -220,7 +246,7 @@ class _Fetched:
 
     def __init__(self, scores: Scores):
         self._scores = scores
-        self._logprobs, self._ranks = np.asarray(scores.logprobs), np.asarray(scores.ranks)
+        self._logprobs, self._ranks = from_devices(scores.logprobs), from_devices(scores.ranks)
         self._top: tuple[np.ndarray, np.ndarray] | None = None
 
     def hand_over(self, rows: Rows, stream: CompletionStream) -> str | None:
@@ -233,7 +259,7 @@ class _Fetched:
             return f"the model gave no finite log-probability to the prompt token at position {rows.first + bad[0] + 1}"
         num_top = sequence.request.sampling.prompt_logprobs or 0
         if num_top and self._top is None:
-            self._top = np.asarray(self._scores.top_ids), np.asarray(self._scores.top_logprobs)
+            self._top = from_devices(self._scores.top_ids), from_devices(self._scores.top_logprobs)
         ids, values = (None, None) if self._top is None else self._top
         assert stream.prompt is not None
         stream.prompt.put(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxinfer import sampling
@@ -20,85 +20,62 @@ from jaxinfer.batch import (
     NO_TOKEN,
     DeviceState,
     Limits,
-    PagedCache,
     Record,
     SlotState,
     admission_record,
     control_record,
 )
 from jaxinfer.config import ModelConfig, page_groups
+from jaxinfer.edits import admit, apply_control, chunk_layout, copy_pages
+from jaxinfer.forward import Batch, Forward
 from jaxinfer.models.transformer import Decoder
-from jaxinfer.plan import FINISHED_LENGTH, FINISHED_NAN, FINISHED_STOP, RUNS, StepResult
-from jaxinfer.request import MAX_TOP_LOGPROBS
-from pallas_kernels import attention
+from jaxinfer.outcome import Outcome, Trace, empty_trace, pack, put_step
+from jaxinfer.plan import FINISHED_LENGTH, FINISHED_NAN, FINISHED_STOP, RUNS
 from pallas_kernels.attention import Ragged
+from sharding.parallel import Parallel
 
 Parameters = tuple[jax.Array, ...]
 
 
-class Outcome(NamedTuple):
-    """What a call tells the host. `main` is one buffer, so that one transfer answers the common case."""
-
-    main: jax.Array  # i32[slots, 2 * steps + 2]: steps made, finished, tokens, log-probabilities (f32 bits)
-    top_ids: jax.Array  # i32[steps, slots, MAX_TOP_LOGPROBS]
-    top_logprobs: jax.Array  # f32[steps, slots, MAX_TOP_LOGPROBS]
-    hidden: jax.Array | None = None  # of a mixed step: normed states [prefill_tokens, embed] of its prefill rows
-
-
-class Report(NamedTuple):
-    """`Outcome.main` on the host; the count comes first in every row, so that one slice holds all that is common."""
-
-    steps: int  # steps made
-    result: StepResult
-    logprob_bits: np.ndarray  # i32[slots, steps]
-
-    @classmethod
-    def read(cls, main: np.ndarray) -> Report:
-        steps, room = int(main[0, 0]), (main.shape[1] - 2) // 2
-        rows = main[:, 1 : 2 + steps].tolist()
-        finished = [row.pop(0) for row in rows]
-        return cls(steps, StepResult(rows, finished), main[:, 2 + room :])
-
-
-class Trace(NamedTuple):
-    """The outcome while it is being gathered."""
-
-    tokens: jax.Array  # i32[steps, slots]
-    logprobs: jax.Array  # f32[steps, slots]
-    top_ids: jax.Array
-    top_logprobs: jax.Array
-    finished: jax.Array  # i32[slots]
-
-
 @dataclass(frozen=True)
 class Drivers:
-    """`mixed_step` and `decode_loop` for one model and one set of limits, as plain functions to be jitted."""
+    """`mixed_step` and `decode_loop` for one model and one set of limits, as plain functions to be jitted.
+
+    On a mesh each is what one device does with its own parts of the arguments: `sharding.mesh.DeviceMesh.run` makes it
+    one program of whole arrays. Slots are those of a data shard.
+    """
 
     model: ModelConfig
     limits: Limits
     merge: Callable[[Parameters], Decoder]
+    parallel: Parallel
+    merge_prefill: Callable[[Parameters], Decoder]  # a decoder whose layers may split tokens between them
 
     def decode_loop(
         self, parameters: Parameters, state: DeviceState, control: jax.Array, *, num_slots: int
     ) -> tuple[DeviceState, Outcome]:
         """Up to `num_steps` decode steps over the first `num_slots` slots in one while loop."""
         edits = self._control.unpack(control)
-        state = replace(state, slots=_apply_control(state.slots, edits))
-        model = self.merge(parameters)
+        state = replace(state, slots=apply_control(state.slots, edits))
+        decoder = self.merge(parameters)
+        trace = empty_trace(self.limits.loop_steps, num_slots)
+        if self.parallel.stages > 1:
+            state, trace, steps, busy = self._circulate(decoder, state, trace, edits, num_slots)
+            return state, self._told(trace, steps, busy)
+        goes_on = _goes_on(state.slots, trace, edits, num_slots, jnp.int32(0), edits["num_steps"])
 
-        def goes_on(carry: tuple[jax.Array, DeviceState, Trace]) -> jax.Array:
-            step, state, trace = carry
-            freed = jnp.any(trace.finished != RUNS) & (edits["exit_on_free"] != 0)
-            return (step < edits["num_steps"]) & jnp.any(~state.slots.done[:num_slots]) & ~freed
+        def body(carry: tuple[jax.Array, DeviceState, Trace, jax.Array]) -> Any:
+            step, state, trace, _ = carry
+            active = ~state.slots.done[:num_slots]
+            if self.parallel.data > 1:  # another data shard may have more steps to make
+                active &= step < edits["num_steps"]
+            state, trace = self._decode_step(decoder, state, trace, step, active)
+            more = _goes_on(state.slots, trace, edits, num_slots, step + 1, edits["num_steps"])
+            return step + 1, state, trace, self._in_step(more, trace, edits)
 
-        def body(carry: tuple[jax.Array, DeviceState, Trace]) -> tuple[jax.Array, DeviceState, Trace]:
-            step, state, trace = carry
-            state, trace = self._decode_step(model, state, trace, step, num_slots)
-            return step + 1, state, trace
-
-        start = (jnp.int32(0), state, _empty_trace(self.limits.loop_steps, num_slots))
-        steps, state, trace = lax.while_loop(goes_on, body, start)
-        return state, _pack(trace, steps)
+        start = (jnp.int32(0), state, trace, self._in_step(goes_on, trace, edits))
+        steps, state, trace, _ = lax.while_loop(lambda carry: carry[-1], body, start)
+        return state, self._told(trace, steps)
 
     def mixed_step(
         self,
@@ -112,16 +89,16 @@ class Drivers:
     ) -> tuple[DeviceState, Outcome]:
         """One step over a decode row per slot plus up to `prefill_tokens` tokens of prefill chunks."""
         edits = self._admission.unpack(admission)
-        slots = _apply_control(state.slots, self._control.unpack(control))
-        slots = _admit(slots, edits)
-        cache = self._copy_pages(state.cache, edits)
-        model = self.merge(parameters)
+        slots = apply_control(state.slots, self._control.unpack(control))
+        slots = admit(slots, edits, self.parallel.vocabulary)
+        group_of = [self._forward.group_of[layer] for layer in sorted(self._forward.group_of)]
+        cache = copy_pages(state.cache, edits, group_of, self.parallel.on_context_shard)
+        decoder = self.merge_prefill(parameters)
 
-        chunks = _chunk_layout(edits, prefill_tokens, num_slots)
+        chunks = chunk_layout(edits, prefill_tokens, num_slots)
         decoding = ~slots.done[:num_slots]
         position = jnp.where(decoding, slots.num_tokens[:num_slots] - 1, 0)
         chunk_tokens = slots.tokens[chunks.token_slot, chunks.position]
-        tokens = jnp.concatenate([_last_tokens(slots, num_slots), jnp.where(chunks.used, chunk_tokens, 0)])
         positions = jnp.concatenate([position, chunks.position])
         kv_len = jnp.concatenate([jnp.where(decoding, position + 1, 0), chunks.kv_len])
         q_start = jnp.concatenate([jnp.arange(num_slots, dtype=jnp.int32), chunks.q_start])
@@ -136,13 +113,18 @@ class Drivers:
             )
             for table in slots.page_table
         )
-        lengths = jnp.concatenate(
-            [
-                _lengths(self.model, slots, jnp.arange(num_slots), position),
-                _lengths(self.model, slots, chunks.token_slot, chunks.position),
-            ]
+        batch = Batch(
+            tokens=jnp.concatenate([_last_tokens(slots, num_slots), jnp.where(chunks.used, chunk_tokens, 0)]),
+            positions=positions,
+            lengths=jnp.concatenate(
+                [
+                    _lengths(self.model, slots, jnp.arange(num_slots), position),
+                    _lengths(self.model, slots, chunks.token_slot, chunks.position),
+                ]
+            ),
+            ragged=ragged,
         )
-        hidden, cache = self._forward(model, cache, tokens, positions, lengths, ragged)
+        hidden, cache = self._forward.whole(decoder, cache, batch)
 
         # each slot samples from one row: its decode row, or the last token of its final chunk
         row = jnp.arange(num_slots, dtype=jnp.int32)
@@ -150,10 +132,10 @@ class Drivers:
         row = row.at[final_slot].set(chunks.last_row, mode="drop")
         ends_prefill = jnp.zeros(num_slots, bool).at[final_slot].set(True, mode="drop")
         slots = replace(slots, done=slots.done.at[final_slot].set(False, mode="drop"))
-        logits = model.unembed(hidden[row])
-        trace = _empty_trace(1, num_slots)
+        logits = decoder.unembed(hidden[row])
+        trace = empty_trace(1, num_slots)
         slots, trace = self._advance(slots, trace, jnp.int32(0), logits, decoding | ends_prefill)
-        return DeviceState(cache, slots), _pack(trace, jnp.int32(1))._replace(hidden=hidden[num_slots:])
+        return DeviceState(cache, slots), self._told(trace, jnp.int32(1))._replace(hidden=hidden[num_slots:])
 
     @property
     def _control(self) -> Record:
@@ -163,85 +145,128 @@ class Drivers:
     def _admission(self) -> Record:
         return admission_record(self.limits, len(page_groups(self.model)))
 
-    def _decode_step(
-        self, model: Decoder, state: DeviceState, trace: Trace, step: jax.Array, num_slots: int
-    ) -> tuple[DeviceState, Trace]:
-        slots = state.slots
-        active = ~slots.done[:num_slots]
-        position = jnp.where(active, slots.num_tokens[:num_slots] - 1, 0)
+    @cached_property
+    def _forward(self) -> Forward:
+        return Forward(stage_model(self.model, self.parallel.stages), self.parallel)
+
+    def _in_step(self, more: jax.Array, trace: Trace, edits: dict[str, jax.Array]) -> jax.Array:
+        """Whether the loop goes on, the same for all data shards: as long as one does, until one has freed a slot."""
+        if self.parallel.data == 1:
+            return more
+        freed = jnp.any(trace.finished != RUNS) & (edits["exit_on_free"] != 0)
+        return self.parallel.any_data(more) & ~self.parallel.any_data(freed)
+
+    def _told(self, trace: Trace, steps: jax.Array, busy: jax.Array | None = None) -> Outcome:
+        """What every host hears: all data shards' slots, in order."""
+        outcome, parallel = pack(trace, steps), self.parallel
+        return Outcome(
+            parallel.all_data(outcome.main, 0),
+            parallel.all_data(outcome.top_ids, 1),
+            parallel.all_data(outcome.top_logprobs, 1),
+            busy=busy,
+        )
+
+    def _rows(self, slots: SlotState, active: jax.Array, first: jax.Array | int) -> tuple[Batch, SlotState]:
+        """A decode step's batch over the slots from `first` on that are `active: bool[n]`, and their rows."""
+        n = active.shape[0]
+        mine = slot_rows(slots, first, n)
+        position = jnp.where(active, mine.num_tokens - 1, 0)
         ragged = tuple(
             Ragged(
-                q_start=jnp.arange(num_slots + 1, dtype=jnp.int32),
+                q_start=jnp.arange(n + 1, dtype=jnp.int32),
                 kv_len=jnp.where(active, position + 1, 0),
-                page_table=table[:num_slots],
+                page_table=table,
                 q_position=position,
                 width=1,
-                num_decode_seqs=num_slots,
+                num_decode_seqs=n,
             )
-            for table in slots.page_table
+            for table in mine.page_table
         )
-        lengths = _lengths(self.model, slots, jnp.arange(num_slots), position)
-        tokens = _last_tokens(slots, num_slots)
-        hidden, cache = self._forward(model, state.cache, tokens, position, lengths, ragged)
-        slots, trace = self._advance(slots, trace, step, model.unembed(hidden), active)
+        lengths = _lengths(self.model, mine, jnp.arange(n), position)
+        return Batch(_last_tokens(mine, n), position, lengths, ragged), mine
+
+    def _decode_step(
+        self, decoder: Decoder, state: DeviceState, trace: Trace, step: jax.Array, active: jax.Array
+    ) -> tuple[DeviceState, Trace]:
+        batch, _ = self._rows(state.slots, active, 0)
+        stream, cache = self._forward.layers(decoder, decoder.begin(batch.tokens), state.cache, batch)
+        logits = decoder.unembed(decoder.finish(stream))
+        slots, trace = self._advance(state.slots, trace, step, logits, active)
         return DeviceState(cache, slots), trace
 
-    def _forward(
-        self,
-        model: Decoder,
-        cache: PagedCache,
-        tokens: jax.Array,
-        positions: jax.Array,
-        lengths: jax.Array,
-        ragged: tuple[Ragged, ...],
-    ) -> tuple[jax.Array, PagedCache]:
-        """Hidden states `[tokens, embed]` of the packed batch, and the cache with its K/V written."""
-        layers = list(cache.layers)
-        home: dict[int, int] = {}  # K/V-owning layer -> its page group
-        for g, group in enumerate(page_groups(self.model)):
-            home |= dict.fromkeys(group.layers, g)
-        place = {layer: i for i, layer in enumerate(sorted(home))}
+    def _circulate(
+        self, decoder: Decoder, state: DeviceState, trace: Trace, edits: dict[str, jax.Array], num_slots: int
+    ) -> tuple[DeviceState, Trace, jax.Array, jax.Array]:
+        """Decode steps through a pipeline: as many micro-batches of slots as stages, each always in one of them.
 
-        def attend(
-            index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, sinks: jax.Array | None
-        ) -> jax.Array:
-            owner = self.model.kv_owner(index)
-            at = place[owner]
-            out, _, layers[at] = attention.attend(
-                q,
-                k,
-                v,
-                layers[at],
-                ragged[home[owner]],
-                window=self.model.layers[index].window,
-                softcap=self.model.attention_softcap,
-                sinks=sinks,
-                scale=self.model.attention_scale,
-            )
-            return out
+        What leaves the last stage is sampled and enters the first at the next tick, so stages idle only while the loop
+        fills and drains. Also returns how many steps were made, and i32[2]: ticks times stages, and those with work.
+        """
+        pipeline = self.parallel.pipeline
+        n = num_slots // pipeline.stages
+        num_ticks = edits["num_steps"] * pipeline.stages + pipeline.fill_ticks()
 
-        hidden = model(tokens, positions, attend, lengths)
-        return hidden, PagedCache(tuple(layers))
+        def active(slots: SlotState, index: jax.Array, passes: jax.Array) -> jax.Array:
+            alive = ~lax.dynamic_slice_in_dim(slots.done, index * n, n)
+            return alive & (passes >= 0) & (passes < edits["num_steps"])
+
+        def tick(carry: Any) -> Any:
+            t, state, trace, received, steps, busy, _ = carry
+            slots = state.slots
+            entering = lax.rem(t, pipeline.stages)
+            begun = decoder.begin(_last_tokens(slot_rows(slots, entering * n, n), n))
+            index, passes = pipeline.micro_batch(t)
+            alive = active(slots, index, passes)
+            batch, _ = self._rows(slots, alive, index * n)
+            begun = pipeline.first_or(begun, received)
+            stream, cache = self._forward.layers(decoder, begun, state.cache, batch)
+            busy += jnp.any(alive)
+
+            index, passes = pipeline.leaving(t)
+            alive = active(slots, index, passes)
+            logits = decoder.unembed(decoder.finish(pipeline.of_last(stream)))
+            slots, trace = self._advance(slots, trace, jnp.maximum(passes, 0), logits, alive, index * n)
+            steps = jnp.maximum(steps, jnp.where(jnp.any(alive), passes + 1, 0))
+            more = _goes_on(slots, trace, edits, num_slots, t + 1, num_ticks)
+            more = self._in_step(more, trace, edits)
+            return t + 1, DeviceState(cache, slots), trace, pipeline.pass_on(stream), steps, busy, more
+
+        stream = jax.eval_shape(decoder.begin, jax.ShapeDtypeStruct((n,), jnp.int32))
+        received = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stream)
+        more = self._in_step(_goes_on(state.slots, trace, edits, num_slots, jnp.int32(0), num_ticks), trace, edits)
+        zero = jnp.int32(0)
+        ticks, state, trace, _, steps, busy, _ = lax.while_loop(
+            lambda carry: carry[-1], tick, (zero, state, trace, received, zero, zero, more)
+        )
+        return state, trace, steps, jnp.stack([ticks * pipeline.stages, pipeline.sum(busy)])
 
     def _advance(
-        self, slots: SlotState, trace: Trace, step: jax.Array, logits: jax.Array, active: jax.Array
+        self,
+        slots: SlotState,
+        trace: Trace,
+        step: jax.Array,
+        logits: jax.Array,
+        active: jax.Array,
+        first: jax.Array | int = 0,
     ) -> tuple[SlotState, Trace]:
-        """Sample a token for each active slot, append it to the slot's history, and see which slots end."""
+        """Sample a token for each active slot from `first` on, append it to its history, and see which slots end."""
         n = active.shape[0]
-        position = slots.num_tokens[:n]
-        stop_ids = slots.stop_ids[:n]
+        mine = slot_rows(slots, first, n)
+        position, stop_ids = mine.num_tokens, mine.stop_ids
+        counts = slots.counts if isinstance(first, int) else mine.counts
         drawn = sampling.sample(
             logits,
-            sampling.unpack_rows(slots.sampling[:n]),
-            slots.counts,
-            slots.allowed[:n],
+            sampling.unpack_rows(mine.sampling),
+            counts,
+            mine.allowed,
             stop_ids,
             position,
-            position - slots.num_prompt[:n],
+            position - mine.num_prompt,
             active,
+            self.parallel.vocabulary,
         )
         token = jnp.where(active & ~drawn.bad, drawn.tokens, NO_TOKEN)
-        remaining = slots.remaining[:n] - active
+        remaining = mine.remaining - active
         finished = jnp.where(
             drawn.bad,
             FINISHED_NAN,
@@ -252,74 +277,60 @@ class Drivers:
             ),
         )
         finished = jnp.where(active, finished, RUNS).astype(jnp.int32)
-        row = jnp.arange(n, dtype=jnp.int32)
+        row = first + jnp.arange(n, dtype=jnp.int32)
         at = jnp.where(active, position, self.limits.max_len)
+        counts = sampling.update_counts(counts, drawn.tokens, active, self.parallel.vocabulary)
+        if not isinstance(first, int):
+            counts = jax.tree.map(lambda whole, part: put_rows(whole, part, first), slots.counts, counts)
         slots = replace(
             slots,
             tokens=slots.tokens.at[row, at].set(token, mode="drop"),
-            num_tokens=slots.num_tokens.at[:n].add(active.astype(jnp.int32)),
-            counts=sampling.update_counts(slots.counts, drawn.tokens, active),
-            remaining=slots.remaining.at[:n].set(remaining),
-            done=slots.done.at[:n].set(slots.done[:n] | (active & (finished != RUNS))),
+            num_tokens=put_rows(slots.num_tokens, position + active.astype(jnp.int32), first),
+            counts=counts,
+            remaining=put_rows(slots.remaining, remaining, first),
+            done=put_rows(slots.done, mine.done | (active & (finished != RUNS)), first),
         )
+        step = jnp.where(jnp.any(active), step, trace.tokens.shape[0]) if not isinstance(first, int) else step
         trace = Trace(
-            tokens=trace.tokens.at[step].set(token),
-            logprobs=trace.logprobs.at[step].set(drawn.logprobs),
-            top_ids=trace.top_ids.at[step].set(drawn.top_ids),
-            top_logprobs=trace.top_logprobs.at[step].set(drawn.top_logprobs),
-            finished=jnp.where(active, finished, trace.finished),
+            tokens=put_step(trace.tokens, step, token, first),
+            logprobs=put_step(trace.logprobs, step, drawn.logprobs, first),
+            top_ids=put_step(trace.top_ids, step, drawn.top_ids, first),
+            top_logprobs=put_step(trace.top_logprobs, step, drawn.top_logprobs, first),
+            finished=put_rows(trace.finished, jnp.where(active, finished, slot_part(trace.finished, first, n)), first),
         )
         return slots, trace
 
-    def _copy_pages(self, cache: PagedCache, edits: dict[str, jax.Array]) -> PagedCache:
-        """Copy-on-write copies; every layer of a group copies the same pages."""
-        group_of = {layer: g for g, group in enumerate(page_groups(self.model)) for layer in group.layers}
 
-        def copy(i: jax.Array, layers: tuple) -> tuple:
-            group, source, target = edits["copies"][i]
-            copied = []
-            for layer, kv in zip(sorted(group_of), layers, strict=True):
-                mine = group == group_of[layer]
-                copied.append(
-                    attention.copy_pages(kv, jnp.where(mine, source, 0)[None], jnp.where(mine, target, 0)[None])
-                )
-            return tuple(copied)
-
-        return PagedCache(lax.fori_loop(0, edits["num_copies"], copy, cache.layers))
+def stage_model(model: ModelConfig, stages: int) -> ModelConfig:
+    """With the layers of a pipeline's first stage, which all others are like."""
+    return model if stages == 1 else replace(model, layers=model.layers[: len(model.layers) // stages])
 
 
-class Chunks(NamedTuple):
-    """The packed prefill tokens of a mixed step."""
-
-    slot: jax.Array  # i32[rows], clipped into range
-    final: jax.Array  # bool[rows]: the sequence's last known token is in the chunk
-    kv_len: jax.Array  # i32[rows]: K/V rows after the chunk; 0 = unused
-    q_start: jax.Array  # i32[rows + 1]: packed token ranges, after the decode rows
-    last_row: jax.Array  # i32[rows]: packed row of the chunk's last token
-    token_slot: jax.Array  # i32[prefill_tokens]
-    position: jax.Array  # i32[prefill_tokens]
-    used: jax.Array  # bool[prefill_tokens]
+def slot_part(array: jax.Array, first: jax.Array | int, n: int) -> jax.Array:
+    """Rows [first, first + n)."""
+    if isinstance(first, int):
+        return array[first : first + n]
+    return lax.dynamic_slice_in_dim(array, first, n)
 
 
-def _chunk_layout(edits: dict[str, jax.Array], prefill_tokens: int, num_slots: int) -> Chunks:
-    length = edits["chunk_length"]
-    used = length > 0
-    end = jnp.cumsum(length, dtype=jnp.int32)
-    slot = jnp.where(used, jnp.minimum(edits["chunk_slot"], num_slots - 1), 0)
-    token = jnp.arange(prefill_tokens, dtype=jnp.int32)
-    chunk = jnp.minimum(jnp.sum(token[:, None] >= end[None, :], axis=1, dtype=jnp.int32), length.shape[0] - 1)
-    token_used = token < end[-1]
-    position = edits["chunk_start"][chunk] + token - (end - length)[chunk]
-    return Chunks(
-        slot=slot,
-        final=used & (edits["chunk_final"] != 0),
-        kv_len=jnp.where(used, edits["chunk_start"] + length, 0),
-        q_start=num_slots + jnp.concatenate([jnp.zeros(1, jnp.int32), end]),
-        last_row=num_slots + end - 1,
-        token_slot=slot[chunk],
-        position=jnp.where(token_used, position, 0),
-        used=token_used,
-    )
+def slot_rows(slots: SlotState, first: jax.Array | int, n: int) -> SlotState:
+    """The slots [first, first + n)."""
+    return jax.tree.map(lambda array: slot_part(array, first, n), slots)
+
+
+def put_rows(array: jax.Array, rows: jax.Array, first: jax.Array | int) -> jax.Array:
+    """`array` with `rows` from its row `first` on."""
+    if rows.shape == array.shape:
+        return rows
+    return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), first, axis=0)
+
+
+def _goes_on(
+    slots: SlotState, trace: Trace, edits: dict[str, jax.Array], num_slots: int, turn: jax.Array, turns: jax.Array
+) -> jax.Array:
+    """Whether another turn of a decode loop is due."""
+    freed = jnp.any(trace.finished != RUNS) & (edits["exit_on_free"] != 0)
+    return (turn < turns) & jnp.any(~slots.done[:num_slots]) & ~freed
 
 
 def _last_tokens(slots: SlotState, n: int) -> jax.Array:
@@ -332,55 +343,3 @@ def _lengths(model: ModelConfig, slots: SlotState, slot: jax.Array, position: ja
     if rule is not None and rule.whole:
         return slots.num_tokens[slot]
     return jnp.maximum(slots.num_prompt[slot], position + 1)
-
-
-def _apply_control(slots: SlotState, edits: dict[str, jax.Array]) -> SlotState:
-    def set_cell(i: jax.Array, tables: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        group, slot, index, page = edits["cells"][i]
-        outside = slots.done.shape[0]
-        return tuple(
-            table.at[jnp.where(group == g, slot, outside), index].set(page, mode="drop")
-            for g, table in enumerate(tables)
-        )
-
-    tables = lax.fori_loop(0, edits["num_cells"], set_cell, slots.page_table)
-    return replace(slots, page_table=tables, done=slots.done | (edits["stop"] != 0))
-
-
-def _admit(slots: SlotState, edits: dict[str, jax.Array]) -> SlotState:
-    """Set the rows of newly admitted sequences; they stay `done` until their final chunk."""
-    at = edits["slot"]
-
-    def put(array: jax.Array, rows: jax.Array) -> jax.Array:
-        return array.at[at].set(rows.astype(array.dtype), mode="drop")
-
-    return SlotState(
-        tokens=put(slots.tokens, edits["tokens"]),
-        num_tokens=put(slots.num_tokens, edits["num_tokens"]),
-        page_table=tuple(put(table, edits["page_table"][:, g]) for g, table in enumerate(slots.page_table)),
-        num_prompt=put(slots.num_prompt, edits["num_prompt"]),
-        sampling=put(slots.sampling, edits["sampling"]),
-        counts=sampling.reset_counts(
-            slots.counts, edits["count_slot"], edits["tokens"], edits["num_prompt"], edits["num_tokens"]
-        ),
-        allowed=put(slots.allowed, edits["allowed"]),
-        remaining=put(slots.remaining, edits["remaining"]),
-        stop_ids=put(slots.stop_ids, edits["stop_ids"]),
-        done=put(slots.done, jnp.ones(at.shape, bool)),
-    )
-
-
-def _empty_trace(steps: int, slots: int) -> Trace:
-    return Trace(
-        tokens=jnp.full((steps, slots), NO_TOKEN, jnp.int32),
-        logprobs=jnp.zeros((steps, slots), jnp.float32),
-        top_ids=jnp.zeros((steps, slots, MAX_TOP_LOGPROBS), jnp.int32),
-        top_logprobs=jnp.zeros((steps, slots, MAX_TOP_LOGPROBS), jnp.float32),
-        finished=jnp.zeros(slots, jnp.int32),
-    )
-
-
-def _pack(trace: Trace, steps: jax.Array) -> Outcome:
-    bits = lax.bitcast_convert_type(trace.logprobs, jnp.int32)
-    rows = jnp.stack([jnp.full_like(trace.finished, steps), trace.finished])
-    return Outcome(jnp.concatenate([rows, trace.tokens, bits]).T, trace.top_ids, trace.top_logprobs)

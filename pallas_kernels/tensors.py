@@ -7,7 +7,7 @@ block apart, so a backend reads a block's low halves and its high halves as two 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -266,14 +266,19 @@ def sparsify_2_4(weight: ArrayLike, dtype: DTypeLike | None = None) -> Quantized
     return QuantizedTensor(stored, scale[..., None, :], sparse_index=index, pack_block=block)
 
 
-def quantize_rows(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(
+    x: jax.Array, dtype: DTypeLike, *, largest: Callable[[jax.Array], jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`x [..., n]` -> values of the same shape (int4's in int8) and `f32[...]` scales: W8A8's activations, K/V rows.
 
     A row's largest magnitude becomes the largest value. NaN stays NaN, through the scale; a row of zeros has scale 1.
+    `largest`: of the magnitudes `f32[...]` here those of whole rows, where the rest of `x` is on other devices.
     """
     name = _stored_name(dtype)
     wide = x.astype(jnp.float32)
     highest = jnp.max(jnp.abs(wide), axis=-1)
+    if largest is not None:
+        highest = largest(highest)
     scales = _scale_of(highest, name)
     return _rounded(jnp.nan_to_num(wide / scales[..., None]), name), scales
 

@@ -13,7 +13,7 @@ from tiny_corpus import END_OF_TEXT_ID
 from jaxinfer.config import ModelConfig
 from jaxinfer.models import weight_source
 from jaxinfer.models.mistral import ministral_config
-from jaxinfer.models.transformer import abstract_parameters, merger
+from jaxinfer.models.transformer import abstract_parameters, merger, run_decoder
 
 RESIDUAL_WEIGHTS = ("o_proj.weight", "down_proj.weight")
 EMBEDDING_SCALE = 0.04
@@ -112,7 +112,7 @@ class Model:
             return attention(q, k, v, self.config.layers[layer].window).reshape(sequences * length, *q.shape[2:])
 
         positions = jnp.tile(jnp.arange(length), sequences)
-        hidden = transformer(tokens.reshape(-1), positions, attend)
+        hidden = run_decoder(transformer, tokens.reshape(-1), positions, attend)
         return transformer.unembed(hidden).reshape(sequences, length, -1)
 
     def losses(self, params: Params, window: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
 from jaxinfer.models.layers import Attend
-from jaxinfer.models.transformer import Decoder, merger
+from jaxinfer.models.transformer import Decoder, merger, run_decoder
 
 
 def dense_attend(config: ModelConfig, num_tokens: int) -> Attend:
@@ -53,7 +53,7 @@ class Oracle:
 
     def _run(self, model: Decoder, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens.shape[0])
-        return model.unembed(model(tokens, positions, dense_attend(self.config, tokens.shape[0]), lengths))
+        return model.unembed(run_decoder(model, tokens, positions, dense_attend(self.config, tokens.shape[0]), lengths))
 
     def logits(self, tokens: list[int], num_prompt: int | None = None) -> np.ndarray:
         """f32[tokens, vocab]. Padded to a multiple of 64 (later tokens change nothing), so that few shapes compile.

@@ -57,10 +57,15 @@ def load_config(model_dir: str | Path) -> ModelConfig:
     path = directory / "config.json"
     hf = _read_object(path)
     try:
-        config = dataclasses.replace(_config_function(hf)(hf), quantization=read_quantization(hf))
+        config = model_config(hf)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return _with_generation_config(config, directory / "generation_config.json")
+
+
+def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of the fields of a config.json. Raises ConfigError naming the field and what is supported."""
+    return dataclasses.replace(_config_function(hf)(hf), quantization=read_quantization(hf))
 
 
 def weight_source(config: ModelConfig, name: str) -> Source:

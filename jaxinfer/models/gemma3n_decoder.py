@@ -23,7 +23,7 @@ from jaxinfer.models.layers import (
     parameter,
     rotations,
 )
-from jaxinfer.models.per_layer_inputs import PerLayerGate, PerLayerInputs
+from jaxinfer.models.per_layer_inputs import PerLayerGate, PerLayerInputs, of_layer
 from jaxinfer.models.transformer import layer_modules, token_tables
 from pallas_kernels.reductions import row_sums
 
@@ -102,6 +102,10 @@ class Gemma3nLayer(nnx.Module):
         return jnp.concatenate([corrected[:1], corrected[1:] + added])
 
 
+Stage = jax.Array | int  # of a pipeline
+Stream = tuple[jax.Array, jax.Array]  # residuals [streams, tokens, embed], per-layer vectors [tokens, layers, size]
+
+
 class Gemma3nDecoder(nnx.Module):
     """Embeddings spread over the streams, the layers, and the streams' mean."""
 
@@ -116,15 +120,22 @@ class Gemma3nDecoder(nnx.Module):
         self.layers = layer_modules(Gemma3nLayer, config, build)
         self.norm = Norm(config.embed_size, config.norm, build)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
-    ) -> jax.Array:
-        by = rotations(self.config, positions, lengths)
+    def begin(self, tokens: jax.Array) -> Stream:
         x = self.embed(tokens)
         vectors = self.per_layer(tokens, x)
-        streams = jnp.stack([x, *(_as_loud_as(x, project(x)) for project in self.spread)])
+        return jnp.stack([x, *(_as_loud_as(x, project(x)) for project in self.spread)]), vectors
+
+    def through(
+        self, stream: Stream, positions: jax.Array, lengths: jax.Array | None, attend: Attend, stage: Stage = 0
+    ) -> Stream:
+        by = rotations(self.config, positions, lengths)
+        streams, vectors = stream
         for index, layer in enumerate(self.layers):
-            streams = layer(streams, by, attend, vectors[:, index])
+            streams = layer(streams, by, attend, of_layer(vectors, index, len(self.layers), stage))
+        return streams, vectors
+
+    def finish(self, stream: Stream) -> jax.Array:
+        streams = stream[0]
         first = streams[0]
         parts = [first, *(_as_loud_as(first, project(streams[i])) for i, project in enumerate(self.gather, start=1))]
         return self.norm(in_order(parts) * jnp.asarray(1 / len(parts), first.dtype))

@@ -24,7 +24,7 @@ from jaxinfer.models.layers import (
     root_mean_square_norm,
     rotations,
 )
-from jaxinfer.models.per_layer_inputs import PerLayerGate, PerLayerInputs
+from jaxinfer.models.per_layer_inputs import PerLayerGate, PerLayerInputs, of_layer
 from jaxinfer.models.transformer import layer_modules, token_tables
 
 
@@ -33,9 +33,9 @@ class Gemma4Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, spec: ExpertsSpec, build: Build):
         self.config, self.spec = config, spec
-        self.router = Linear(config.embed_size, spec.num_experts, ("experts", "embed"), build.plain())
+        self.router = Linear(config.embed_size, spec.num_experts, ("routes", "embed"), build.plain())
         self.router_scale = parameter((config.embed_size,), ("embed",), build, fill=1.0)
-        self.expert_scale = parameter((spec.num_experts,), ("experts",), build, fill=1.0)
+        self.expert_scale = parameter((spec.num_experts,), ("routes",), build, fill=1.0)
         self.experts = ExpertMLPs(config, spec, build.at("experts"))
         self.norm = Norm(config.embed_size, config.norm, build)
         self.out_norm = Norm(config.embed_size, config.norm, build)
@@ -80,6 +80,10 @@ class Gemma4Layer(nnx.Module):
         return x * self.scalar[...]
 
 
+Stage = jax.Array | int  # of a pipeline
+Stream = tuple[jax.Array, jax.Array | None]  # the residual [tokens, embed] and per-layer vectors, where there are any
+
+
 class Gemma4Decoder(nnx.Module):
     """A packed batch of tokens in, hidden states out; `attend` knows which tokens belong together."""
 
@@ -91,15 +95,21 @@ class Gemma4Decoder(nnx.Module):
         self.layers = layer_modules(Gemma4Layer, config, build)
         self.norm = Norm(config.embed_size, config.norm, build)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
-    ) -> jax.Array:
-        by = rotations(self.config, positions, lengths)
+    def begin(self, tokens: jax.Array) -> Stream:
         x = self.embed(tokens)
-        vectors = None if self.config.per_layer_input is None else self.per_layer(tokens, x)
+        return x, None if self.config.per_layer_input is None else self.per_layer(tokens, x)
+
+    def through(
+        self, stream: Stream, positions: jax.Array, lengths: jax.Array | None, attend: Attend, stage: Stage = 0
+    ) -> Stream:
+        by = rotations(self.config, positions, lengths)
+        x, vectors = stream
         for index, layer in enumerate(self.layers):
-            x = layer(x, by, attend, None if vectors is None else vectors[:, index])
-        return self.norm(x)
+            x = layer(x, by, attend, None if vectors is None else of_layer(vectors, index, len(self.layers), stage))
+        return x, vectors
+
+    def finish(self, stream: Stream) -> jax.Array:
+        return self.norm(stream[0])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return self.unembedding.logits(hidden, self.config.logit_softcap)

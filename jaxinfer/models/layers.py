@@ -21,6 +21,7 @@ from jaxinfer.models.quantized_checkpoint import abstract_weight
 from jaxinfer.rope import DynamicScaling, LongScaling, RopeSpec
 from pallas_kernels.matmul import matmul
 from pallas_kernels.reductions import row_sums
+from sharding.shards import ALONE, Shards
 
 # attend(layer_index, q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim] or None, sinks) -> like q
 Attend = Callable[[int, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None], jax.Array]
@@ -38,6 +39,8 @@ class Build:
     rngs: nnx.Rngs
     invariant: bool = False  # a row's bits must not depend on the other rows, in bfloat16 either
     path: str = ""  # of the module being made, as parameters are named: "layers.3.attention."
+    shards: Shards = ALONE  # the devices that share a layer
+    stages: int = 1  # of a pipeline: the module has one stage's layers
 
     def plain(self) -> Build:
         """For weights that checkpoints never quantize."""
@@ -46,6 +49,11 @@ class Build:
     def at(self, name: str | int) -> Build:
         """For a part of this module."""
         return replace(self, path=f"{self.path}{name}.")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the module being made."""
+        return len(self.config.layers) // self.stages
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, *, fill: float | None = None) -> nnx.Param:
@@ -66,23 +74,37 @@ def matrix(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, name: st
 
 
 class Linear(nnx.Module):
-    """`x [rows, in] -> [rows, out]`; the weight is `[out, in]`, as Hugging Face stores it and a CPU reads it."""
+    """`x [rows, in] -> [rows, out]`; the weight is `[out, in]`, as Hugging Face stores it and a CPU reads it.
+
+    Where outputs are split over devices, each computes its own of all tokens; where inputs are, the sum over the
+    devices leaves the layer's part (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+    """
 
     def __init__(self, in_size: int, out_size: int, axes: tuple[str, str], build: Build, *, bias: bool = False):
         self.weight = matrix((out_size, in_size), axes, build)
         if bias:
             self.bias = parameter((out_size,), axes[:1], build, fill=0.0)
-        self.has_bias = bias
-        self.backend, self.invariant = build.matmul_backend, build.invariant
+        self.has_bias, self.in_axis = bias, axes[1]
+        self.backend, self.invariant, self.shards = build.matmul_backend, build.invariant, build.shards
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out_dtype = jnp.float32 if self.has_bias else None
-        product = matmul(
-            x, self.weight.get_value(), backend=self.backend, invariant=self.invariant, out_dtype=out_dtype
-        )
+        split = bool(self.shards.names(self.in_axis))
+        product = self.shards.leaving(x, self._product, self.in_axis) if split else self._product(x)
         if not self.has_bias:
             return product
         return (product + self.bias[...]).astype(x.dtype)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """Of this device's inputs, or outputs."""
+        axis, shards = self.in_axis, self.shards
+        return matmul(
+            x,
+            self.weight.get_value(),
+            backend=self.backend,
+            invariant=self.invariant,
+            out_dtype=jnp.float32 if self.has_bias else None,
+            largest=(lambda highest: shards.max(highest, axis)) if shards.names(axis) else None,
+        )
 
 
 class Norm(nnx.Module):
@@ -92,18 +114,27 @@ class Norm(nnx.Module):
         self.weight = parameter((size,), (axis,), build, fill=1.0 - spec.offset)
         if spec.kind == "layer":
             self.bias = parameter((size,), (axis,), build, fill=0.0)
-        self.spec = spec
+        self.spec, self.size, self.axis, self.shards = spec, size, axis, build.shards
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         if self.spec.kind == "layer":
-            wide = wide - (row_sums(wide) / x.shape[-1])[..., None]
-        normed = root_mean_square_norm(wide, self.spec.eps)
+            wide = wide - self._mean(wide)
+        normed = wide * jax.lax.rsqrt(self._mean(wide * wide) + self.spec.eps)
         if self.spec.kind == "layer":
             return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
         if self.spec.scale_in_float32:
             return (normed * (self.spec.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return normed.astype(x.dtype) * (self.spec.offset + self.weight[...])
+
+    def _mean(self, x: jax.Array) -> jax.Array:
+        """Over the last axis, which may be split over devices: `f32[..., 1]`."""
+        return (self.shards.sum(row_sums(x), self.axis) / self.size)[..., None]
+
+
+def kv_heads_axis(kv_heads: int) -> str:
+    """The logical axis of a layer's K/V heads: how far it is split depends on their number."""
+    return f"kv_heads/{kv_heads}"
 
 
 def in_order(parts: Sequence[jax.Array]) -> jax.Array:
@@ -166,33 +197,42 @@ class Attention(nnx.Module):
     """Projections around `attend`. MHA, GQA and MQA differ only in `kv_heads`; a layer may read another one's K/V."""
 
     def __init__(self, config: ModelConfig, index: int, build: Build):
-        self.config, self.index = config, index
+        self.config, self.index, self.shards = config, index, build.shards
         self.layer: LayerSpec = config.layers[index]
         kv = config.kv_shape(index)
-        self.head_dim = kv.head_dim
+        self.head_dim, kv_axis = kv.head_dim, kv_heads_axis(kv.kv_heads)
+        q_axis, k_axis = ("head_dim", "head_dim") if config.qk_norm == "head" else ("heads", kv_axis)
         q_size, kv_size = config.q_heads * kv.head_dim, kv.kv_heads * kv.head_dim
         self.q = Linear(config.embed_size, q_size, ("heads", "embed"), build.at("q"), bias=config.qkv_bias)
         if config.qk_norm is not None:
-            self.q_norm = Norm(self._norm_size(q_size), config.norm, build, axis="heads")
+            self.q_norm = Norm(self._norm_size(q_size), config.norm, build, axis=q_axis)
         if self.layer.kv_from is None:
-            self.k = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), build.at("k"), bias=config.qkv_bias)
+            self.k = Linear(config.embed_size, kv_size, (kv_axis, "embed"), build.at("k"), bias=config.qkv_bias)
             if not self.layer.k_eq_v:
-                self.v = Linear(config.embed_size, kv_size, ("kv_heads", "embed"), build.at("v"), bias=config.qkv_bias)
+                self.v = Linear(config.embed_size, kv_size, (kv_axis, "embed"), build.at("v"), bias=config.qkv_bias)
             if config.qk_norm is not None:
-                self.k_norm = Norm(self._norm_size(kv_size), config.norm, build, axis="kv_heads")
+                self.k_norm = Norm(self._norm_size(kv_size), config.norm, build, axis=k_axis)
         self.o = Linear(q_size, config.embed_size, ("embed", "heads"), build.at("o"), bias=config.o_bias)
         if config.sinks:
             self.sinks = parameter((config.q_heads,), ("heads",), build, fill=0.0)
 
     def __call__(self, x: jax.Array, by: Rotations, attend: Attend) -> jax.Array:
         turn = None if self.layer.rope is None else by[self.layer.rope, self.head_dim]
-        q = self._positioned(self.q(x), "q_norm", turn)
+        projected = self.shards.entering(x, self._projections)
+        q = self._positioned(projected["q"], "q_norm", turn)
         k = v = None
         if self.layer.kv_from is None:
-            keys = self.k(x)
-            k, v = self._positioned(keys, "k_norm", turn), self._values(keys if self.layer.k_eq_v else self.v(x))
+            keys = projected["k"]
+            k, v = self._positioned(keys, "k_norm", turn), self._values(projected.get("v", keys))
         sinks = self.sinks[...].astype(jnp.float32) if self.config.sinks else None
-        return self.o(attend(self.index, q, k, v, sinks).reshape(x.shape[0], -1))
+        return self.o(attend(self.index, q, k, v, sinks).reshape(q.shape[0], -1))
+
+    def _projections(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Of rows `x [rows, embed]` to queries, and keys and values where this layer has its own."""
+        names = ["q"]
+        if self.layer.kv_from is None:
+            names += ["k"] if self.layer.k_eq_v else ["k", "v"]
+        return {name: getattr(self, name)(x) for name in names}
 
     def _norm_size(self, projection_size: int) -> int:
         return self.head_dim if self.config.qk_norm == "head" else projection_size
@@ -223,24 +263,29 @@ class MLP(nnx.Module):
         self.up = Linear(config.embed_size, ffn_size, ("ffn", "embed"), build.at("up"), bias=config.mlp_bias)
         self.down = Linear(ffn_size, config.embed_size, ("embed", "ffn"), build.at("down"), bias=config.mlp_bias)
         self.config, self.sparsity = config, config.layers[index].activation_sparsity
+        self.size, self.shards = ffn_size, build.shards
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.shards.entering(x, self._hidden))
+
+    def _hidden(self, x: jax.Array) -> jax.Array:
+        """Of rows `x [rows, embed]` what `down` takes."""
         up = self.up(x).astype(jnp.float32)
         if not self.config.gated_mlp:
-            return self.down(activate(up, self.config.activation).astype(x.dtype))
+            return activate(up, self.config.activation).astype(x.dtype)
         gate = self.gate(x).astype(jnp.float32)
         if self.sparsity > 0.0:
-            gate = _cut_off(gate, self.sparsity)
-        return self.down(gated(gate, up, self.config.activation).astype(x.dtype))
+            gate = self._cut_off(gate)
+        return gated(gate, up, self.config.activation).astype(x.dtype)
 
+    def _cut_off(self, gate: jax.Array) -> jax.Array:
+        """`relu(gate - cutoff)`, the cutoff being the normal distribution's quantile `sparsity` (Gemma 3n)."""
+        centred = gate - self._mean(gate)
+        deviation = jnp.sqrt(self._mean(centred * centred))
+        return jax.nn.relu(centred - deviation * jax.scipy.stats.norm.ppf(jnp.float32(self.sparsity)))
 
-def _cut_off(gate: jax.Array, sparsity: float) -> jax.Array:
-    """`relu(gate - cutoff)`, the cutoff being the normal distribution's quantile `sparsity` (Gemma 3n)."""
-    size = gate.shape[-1]
-    mean = (row_sums(gate) / size)[..., None]
-    centred = gate - mean
-    deviation = jnp.sqrt(row_sums(centred * centred) / size)[..., None]
-    return jax.nn.relu(centred - deviation * jax.scipy.stats.norm.ppf(jnp.float32(sparsity)))
+    def _mean(self, x: jax.Array) -> jax.Array:
+        return (self.shards.sum(row_sums(x), "ffn") / self.size)[..., None]
 
 
 def activate(x: jax.Array, spec: ActivationSpec) -> jax.Array:

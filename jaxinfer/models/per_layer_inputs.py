@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxinfer.config import ModelConfig, PerLayerInputSpec
 from jaxinfer.models.layers import Build, Linear, Norm, activate
-from jaxinfer.models.transformer import Embedding
+from jaxinfer.models.transformer import Lookup
 
 
 class PerLayerInputs(nnx.Module):
@@ -22,12 +22,12 @@ class PerLayerInputs(nnx.Module):
     def __init__(self, config: ModelConfig, spec: PerLayerInputSpec, build: Build):
         self.config, self.spec = config, spec
         width = len(config.layers) * spec.size
-        self.embed = Embedding(spec.vocab_size, width, build, scale=math.sqrt(spec.size))
+        self.embed = Lookup(spec.vocab_size, width, build, scale=math.sqrt(spec.size))
         self.projection = Linear(config.embed_size, width, ("per_layer", "embed"), build.plain())
         self.norm = Norm(spec.size, config.norm, build, axis="per_layer")
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
-        """`tokens i32[tokens]`, embeddings `x [tokens, embed]` -> `[tokens, layers, size]`.
+        """`tokens i32[tokens]`, embeddings `x [tokens, embed]` -> `[tokens, layers, size]`, both of this device's run.
 
         A token past the table's vocabulary has the entry of token 0.
         """
@@ -35,6 +35,13 @@ class PerLayerInputs(nnx.Module):
         of_token = self.embed(jnp.where(tokens < self.spec.vocab_size, tokens, 0)).reshape(shape)
         of_context = self.projection(x) * jnp.asarray(self.config.embed_size**-0.5, x.dtype)
         return (self.norm(of_context.reshape(shape)) + of_token) * jnp.asarray(2**-0.5, x.dtype)
+
+
+def of_layer(vectors: jax.Array, index: int, num_layers: int, stage: jax.Array | int) -> jax.Array:
+    """Of `vectors [tokens, layers, size]` those `[tokens, size]` of the `index`-th layer of a stage of `num_layers`."""
+    if isinstance(stage, int):
+        return vectors[:, stage * num_layers + index]
+    return jax.lax.dynamic_index_in_dim(vectors, stage * num_layers + index, axis=1, keepdims=False)
 
 
 class PerLayerGate(nnx.Module):

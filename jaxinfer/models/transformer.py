@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxinfer.models.experts import Experts
 from jaxinfer.models.layers import MLP, Attend, Attention, Build, Norm, Rotations, parameter, rotations
 from jaxinfer.weight_formats import WeightFormat
 from pallas_kernels.matmul import matmul
+from sharding.shards import ALONE, Shards
 
 # ModelConfig.decoder -> "module:class"
 DECODERS: dict[str, str] = {
@@ -30,17 +31,39 @@ DECODERS: dict[str, str] = {
 
 
 class Decoder(Protocol):
-    """What the engine asks of a model."""
+    """What the engine asks of a model, or of one pipeline stage of it.
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
-    ) -> jax.Array:
-        """`tokens, positions: i32[tokens]` -> normed hidden `[tokens, embed]`; `lengths` as `rotation` has it."""
+    Between its parts goes a stream: a pytree of arrays with tokens along one axis of each, of this device's run only
+    where tokens are split (sharding/shards.py).
+    """
+
+    def begin(self, tokens: jax.Array) -> Any:
+        """`tokens: i32[tokens]` -> the stream before the first layer."""
+        ...
+
+    def through(
+        self, stream: Any, positions: jax.Array, lengths: jax.Array | None, attend: Attend, stage: jax.Array | int = 0
+    ) -> Any:
+        """The stream after this stage's layers. `positions: i32[tokens]`; `lengths` as `rotation` has it."""
+        ...
+
+    def finish(self, stream: Any) -> jax.Array:
+        """The stream after the last layer -> normed hidden `[tokens, embed]`."""
         ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """`hidden [rows, embed]` -> logits `f32[rows, vocab]`."""
+        """`hidden [rows, embed]` -> logits `f32[rows, vocab]`.
+
+        Of this device's part of the vocabulary where it is split, -inf where that is padding.
+        """
         ...
+
+
+def run_decoder(
+    model: Decoder, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
+) -> jax.Array:
+    """`tokens, positions: i32[tokens]` through a whole model -> normed hidden `[tokens, embed]`."""
+    return model.finish(model.through(model.begin(tokens), positions, lengths, attend))
 
 
 @dataclass(frozen=True)
@@ -53,28 +76,61 @@ class ParameterSpec:
     format: WeightFormat | None = None  # how a quantized weight is held
 
 
-class Embedding(nnx.Module):
-    """A `[vocab, size]` table: rows by token id, or logits against every row."""
+class Lookup(nnx.Module):
+    """A `[vocab, size]` table of rows by token id; split along `size`, so that a gather brings rows together."""
+
+    def __init__(self, vocab_size: int, size: int, build: Build, *, scale: float | None = None):
+        self.weight = parameter((vocab_size, size), ("rows", "columns"), build)
+        self.scale, self.shards = scale, build.shards
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Rows `[tokens, size]`, times `scale` rounded to their dtype; of this device's run of the tokens."""
+        rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        return _scaled(self.shards.own_tokens(self.shards.columns(rows, "columns")), self.scale)
+
+
+class Unembedding(nnx.Module):
+    """A `[vocab, size]` table against whose every row logits are computed; where a model ties them, also looked up.
+
+    Split along the vocabulary, and padded: as many rows on every device.
+    """
 
     def __init__(self, vocab_size: int, size: int, build: Build, *, scale: float | None = None):
         self.weight = parameter((vocab_size, size), ("vocab", "embed"), build)
-        self.backend, self.invariant, self.scale = build.matmul_backend, build.invariant, scale
+        self.vocab_size, self.scale, self.shards = vocab_size, scale, build.shards
+        self.backend, self.invariant = build.matmul_backend, build.invariant
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Rows `[tokens, size]`, times `scale` rounded to their dtype."""
-        rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
-        return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
+        """As Lookup gives them: the sum over devices, of which one has the row."""
+        table, shards = self.weight[...], self.shards
+        if not shards.names("vocab"):
+            return _scaled(jnp.take(table, tokens, axis=0, mode="clip"), self.scale)
+        local = jnp.clip(tokens, 0, self.vocab_size - 1) - shards.index("vocab") * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        rows = jnp.where(here[:, None], jnp.take(table, local, axis=0, mode="clip"), 0)
+        return _scaled(shards.own_tokens(shards.sum(rows, "vocab")), self.scale)
 
     def logits(self, hidden: jax.Array, softcap: float | None) -> jax.Array:
         logits = matmul(hidden, self.weight[...], backend=self.backend, invariant=self.invariant, out_dtype=jnp.float32)
-        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        local = logits.shape[1]
+        if local * self.shards.count("vocab") == self.vocab_size:
+            return logits
+        token = self.shards.index("vocab") * local + jnp.arange(local)
+        return jnp.where(token < self.vocab_size, logits, -jnp.inf)
 
 
-def token_tables(config: ModelConfig, build: Build) -> tuple[Embedding, Embedding]:
+def _scaled(rows: jax.Array, scale: float | None) -> jax.Array:
+    return rows if scale is None else rows * jnp.asarray(scale, rows.dtype)
+
+
+def token_tables(config: ModelConfig, build: Build) -> tuple[Lookup | Unembedding, Unembedding]:
     """The table of token ids and that of logits: one and the same where the model ties them."""
-    embed = Embedding(config.vocab_size, config.embed_size, build, scale=config.embed_scale)
-    tied = config.tie_embeddings
-    return embed, embed if tied else Embedding(config.vocab_size, config.embed_size, build)
+    sizes = config.vocab_size, config.embed_size
+    if config.tie_embeddings:
+        table = Unembedding(*sizes, build, scale=config.embed_scale)
+        return table, table
+    return Lookup(*sizes, build, scale=config.embed_scale), Unembedding(*sizes, build)
 
 
 class Layer(nnx.Module):
@@ -103,8 +159,8 @@ class Layer(nnx.Module):
 def layer_modules(
     layer: Callable[[ModelConfig, int, Build], nnx.Module], config: ModelConfig, build: Build
 ) -> nnx.List:
-    """Every layer of a decoder."""
-    return nnx.List([layer(config, i, build.at("layers").at(i)) for i in range(len(config.layers))])
+    """Every layer of a decoder, or of one stage of it: all stages' are alike."""
+    return nnx.List([layer(config, i, build.at("layers").at(i)) for i in range(build.num_layers)])
 
 
 class Transformer(nnx.Module):
@@ -116,31 +172,50 @@ class Transformer(nnx.Module):
         self.layers = layer_modules(Layer, config, build)
         self.norm = Norm(config.embed_size, config.norm, build)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, lengths: jax.Array | None = None
+    def begin(self, tokens: jax.Array) -> jax.Array:
+        return self.embed(tokens)
+
+    def through(
+        self,
+        stream: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        attend: Attend,
+        stage: jax.Array | int = 0,
     ) -> jax.Array:
         by = rotations(self.config, positions, lengths)
-        x = self.embed(tokens)
         for layer in self.layers:
-            x = layer(x, by, attend)
-        return self.norm(x)
+            stream = layer(stream, by, attend)
+        return stream
+
+    def finish(self, stream: jax.Array) -> jax.Array:
+        return self.norm(stream)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return self.unembedding.logits(hidden, self.config.logit_softcap)
 
 
 def make_decoder(
-    config: ModelConfig, dtype: jnp.dtype, matmul_backend: str = "auto", seed: int = 0, invariant: bool = False
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    matmul_backend: str = "auto",
+    seed: int = 0,
+    invariant: bool = False,
+    shards: Shards = ALONE,
+    stages: int = 1,
 ) -> Decoder:
-    """A module with random weights (under `nnx.eval_shape`: without any)."""
+    """A module with random weights (under `nnx.eval_shape`: without any). `stages`: with the layers of one of them."""
     module, _, attribute = DECODERS[config.decoder].partition(":")
     decoder: Callable[[ModelConfig, Build], Decoder] = getattr(importlib.import_module(module), attribute)
-    return decoder(config, Build(config, jnp.dtype(dtype), matmul_backend, nnx.Rngs(seed), invariant))
+    rngs = nnx.Rngs(seed)
+    return decoder(
+        config, Build(config, jnp.dtype(dtype), matmul_backend, rngs, invariant, shards=shards, stages=stages)
+    )
 
 
-def abstract_parameters(config: ModelConfig, dtype: jnp.dtype) -> dict[str, ParameterSpec]:
-    """Name -> spec of every parameter, in the order of the flat tuple; allocates nothing."""
-    model = nnx.eval_shape(lambda: make_decoder(config, dtype))
+def abstract_parameters(config: ModelConfig, dtype: jnp.dtype, stages: int = 1) -> dict[str, ParameterSpec]:
+    """Name -> spec of every parameter, in the order of the flat tuple; allocates nothing. `stages`: of one of them."""
+    model = nnx.eval_shape(lambda: make_decoder(config, dtype, stages=stages))
     return {
         ".".join(map(str, path)): ParameterSpec(
             leaf.get_value().shape,
@@ -153,10 +228,19 @@ def abstract_parameters(config: ModelConfig, dtype: jnp.dtype) -> dict[str, Para
 
 
 def merger(
-    config: ModelConfig, dtype: jnp.dtype, matmul_backend: str, invariant: bool = False
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    matmul_backend: str,
+    invariant: bool = False,
+    shards: Shards = ALONE,
+    stages: int = 1,
 ) -> Callable[[tuple[jax.Array, ...]], Decoder]:
-    """A function from the flat tuple of arrays back to a module; call it while tracing."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: make_decoder(config, dtype, matmul_backend, invariant=invariant)))
+    """A function from the flat tuple of arrays (a device's parts of them) back to a module; call it while tracing."""
+    graph, state = nnx.split(
+        nnx.eval_shape(
+            lambda: make_decoder(config, dtype, matmul_backend, invariant=invariant, shards=shards, stages=stages)
+        )
+    )
     structure = jax.tree.structure(state)
     return lambda parameters: nnx.merge(graph, jax.tree.unflatten(structure, parameters))
 

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import devices, tensors
 from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import Op
+from pallas_kernels.matmul import Largest
 from pallas_kernels.tensors import QuantizedTensor
 
 OP = Op(
@@ -43,11 +44,13 @@ def grouped_matmul(
     out_dtype: DTypeLike | None = None,
     device: Device | None = None,
     invariant: bool = False,
+    largest: Largest | None = None,
 ) -> jax.Array:
     """`x [tokens, in]` sorted by group, `weight [groups, out, in]` -> `[tokens, out]`, out_dtype None being x's dtype.
 
     `group_sizes i32[groups]`: the first rows of x meet the first group's weight; a group may be empty, and rows beyond
     all groups give zeros. `invariant`: a row's bits depend on that row and its group's weight alone, in any dtype.
+    `largest`: as `matmul` has it.
     Raises ValueError for what does not fit, BackendError where a forced backend refuses.
     Source: MegaBlocks (arXiv 2211.15841, section 5.1).
     """
@@ -72,7 +75,7 @@ def grouped_matmul(
     )
     row_scales = None
     if isinstance(weight, QuantizedTensor) and weight.activation is not None:
-        x, row_scales = tensors.quantize_rows(x, weight.activation)
+        x, row_scales = tensors.quantize_rows(x, weight.activation, largest=largest)
     run = module.run_invariant if invariant else module.run
     return run(x, weight, group_sizes, row_scales=row_scales, out_dtype=result, device=device)
 

@@ -7,6 +7,8 @@ rows in float32, nor in bfloat16 and W8A8 while one backend serves every number;
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -32,6 +34,7 @@ OP = Op(
     invariant={"llvm_cpu": ("cpu",), "xla": ("cpu",)},  # these supply run_invariant, with run's signature
 )
 BACKENDS = OP.backends
+Largest = Callable[[jax.Array], jax.Array]  # f32[rows] of the inputs here -> of all inputs, some of them elsewhere
 
 
 def matmul(
@@ -42,11 +45,13 @@ def matmul(
     out_dtype: DTypeLike | None = None,
     device: Device | None = None,
     invariant: bool = False,
+    largest: Largest | None = None,
 ) -> jax.Array:
     """`x [rows, in]` times `weight [out, in]` transposed -> `[rows, out]` in `out_dtype` (None: x's dtype).
 
     `device` None is the one compiled for. `invariant`: a row's bits depend on that row alone, in any dtype. Raises
-    ValueError for shapes or dtypes that do not fit, BackendError where a forced backend refuses.
+    ValueError for shapes or dtypes that do not fit, BackendError where a forced backend refuses. `largest`: where x
+    and weight are some of the inputs, the magnitude by which W8A8 scales a row, from that of the inputs here.
     Sources: W8A8 SmoothQuant (2211.10438, section 3), outliers LLM.int8() (2208.07339, 3.2).
     """
     _check(x, weight)
@@ -55,9 +60,9 @@ def matmul(
     if 0 in (*x.shape, weight.shape[0]):
         return jnp.zeros((x.shape[0], weight.shape[0]), result)
     if not isinstance(weight, QuantizedTensor) or (weight.zeros is None and weight.outlier_columns is None):
-        return _multiply(x, weight, backend, result, device, invariant)
+        return _multiply(x, weight, backend, result, device, invariant, largest)
     x, beside = _beside(x, weight, device)
-    return (_multiply(x, weight.core(), backend, _F32, device, invariant) + beside).astype(result)
+    return (_multiply(x, weight.core(), backend, _F32, device, invariant, largest) + beside).astype(result)
 
 
 def _multiply(
@@ -67,6 +72,7 @@ def _multiply(
     out_dtype: jnp.dtype,
     device: Device,
     invariant: bool,
+    largest: Largest | None,
 ) -> jax.Array:
     """What a backend's `run` serves: any weight without zero points and outliers.
 
@@ -86,7 +92,7 @@ def _multiply(
     )
     row_scales = None
     if isinstance(weight, QuantizedTensor) and weight.activation is not None:
-        x, row_scales = tensors.quantize_rows(x, weight.activation)
+        x, row_scales = tensors.quantize_rows(x, weight.activation, largest=largest)
     run = module.run_invariant if invariant else module.run
     return run(x, weight, row_scales=row_scales, out_dtype=out_dtype, device=device)
 

@@ -22,8 +22,8 @@ from jaxinfer import programs
 from jaxinfer.batch import DeviceState, PagedCache
 from jaxinfer.config import ATTENTION_BACKENDS, KV_DTYPES, MATMUL_BACKENDS, ConfigError, EngineConfig
 from jaxinfer.engine import Engine, _Flight
+from jaxinfer.outcome import Outcome
 from jaxinfer.request import FinishReason, QueueFullError, Request, RequestError, SamplingParams, TokenEvent
-from jaxinfer.step import Outcome
 from pallas_kernels import attention, matmul
 from pallas_kernels.attention import PageRows, storage
 
@@ -216,11 +216,11 @@ def test_any_schedule_gives_the_same_bits(
 def test_unused_pages_may_hold_nan(model_dir: Path, expected: dict) -> None:
     engine = Engine(model_dir, BASE)
     poisoned = []
-    for kv in engine._state.cache.layers:
+    for kv in engine._runner.state.cache.layers:
         spec, pages = kv.spec, jnp.arange(kv.keys.shape[0])
         nan = jnp.full((len(pages), spec.page_size, 2, spec.kv_heads, spec.head_dim), jnp.nan)
         poisoned.append(attention.write_pages(kv, pages, PageRows(nan)))
-    engine._state = DeviceState(PagedCache(tuple(poisoned)), engine._state.slots)
+    engine._runner.state = DeviceState(PagedCache(tuple(poisoned)), engine._runner.state.slots)
     got = run(engine, both())
     assert all(tokens_of(got[key]) == tokens_of(events) for key, events in expected.items())
 
@@ -264,7 +264,7 @@ def test_nothing_compiles_after_warm_up(engine: Engine) -> None:
 def test_a_stray_compile_is_counted(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(model_dir, BASE)
     engine.warm_up()
-    engine._programs._compiled.clear()
+    engine.programs._compiled.clear()
     run(engine, [Request("a", (1, 2), greedy(max_tokens=2))])
     assert engine.stats().compiles_after_warmup > 0
     assert "after warm-up" in caplog.text
@@ -361,18 +361,21 @@ def test_a_failed_call_costs_time_not_requests(
     dispatch, calls = engine._dispatch, iter(range(10**6))
 
     class Broken:
+        is_fully_addressable = True
+
         def __array__(self, *_: object, **__: object) -> np.ndarray:
             raise RuntimeError("the device said no")
 
-    def failing(plan):
+    def failing(plans):
         call = next(calls)
         if call % 7 != 5:
-            return dispatch(plan)
-        jax.tree.map(lambda x: x.delete(), engine._state)  # as a failed call leaves it
+            return dispatch(plans)
+        jax.tree.map(lambda x: x.delete(), engine._runner.state)  # as a failed call leaves it
         if when == "dispatch":
             raise RuntimeError("the device said no")
 
-        return _Flight(plan, engine._programs.shape_for(plan.num_slots, 0), Outcome(Broken(), None, None), 0.0)
+        shape = engine.programs.shape_for(plans[0].num_slots, 0)
+        return _Flight(plans, shape, Outcome(Broken(), None, None), 0.0)
 
     monkeypatch.setattr(engine, "_dispatch", failing)
     got = run(engine, both())
@@ -424,8 +427,8 @@ def test_nan_ends_its_own_request_only(model_dir: Path, expected: dict) -> None:
     requests = [Request(f"greedy-{i}", prompt, greedy()) for i, prompt in enumerate(prompts()[:4])]
     used = {token for r in requests for token in (*r.prompt_token_ids, *tokens_of(expected[r.request_id, 0]))}
     bad = min(set(range(VOCAB)) - used)
-    embed = engine._parameters[0]
-    engine._parameters = (embed.at[bad].set(jnp.nan), *engine._parameters[1:])
+    embed = engine._runner.parameters[0]
+    engine._runner.parameters = (embed.at[bad].set(jnp.nan), *engine._runner.parameters[1:])
     got = run(engine, [*requests[:2], Request("bad", (1, 2, bad), greedy()), *requests[2:]])
     assert got["bad", 0][-1].finish_reason is FinishReason.ERROR
     assert "NaN" in (got["bad", 0][-1].error or "")

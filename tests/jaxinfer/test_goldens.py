@@ -20,7 +20,7 @@ from jaxinfer.config import ActivationSpec, LayerSpec, ModelConfig
 from jaxinfer.llm import LLM
 from jaxinfer.models import ARCHITECTURES, load_config
 from jaxinfer.models.checkpoint import load_parameters
-from jaxinfer.models.transformer import abstract_parameters, merger
+from jaxinfer.models.transformer import abstract_parameters, merger, run_decoder
 from jaxinfer.request import SamplingParams
 from jaxinfer.rope import DynamicScaling, LongScaling, RopeSpec
 
@@ -65,7 +65,8 @@ def forward(config: ModelConfig, tokens: list[int], num_prompt: int) -> Callable
     @jax.jit
     def run(leaves: list[jax.Array]) -> jax.Array:
         model = merge(tuple(leaves))
-        return model.unembed(model(jnp.array(tokens), positions, dense_attend(config, len(tokens)), lengths))
+        hidden = run_decoder(model, jnp.array(tokens), positions, dense_attend(config, len(tokens)), lengths)
+        return model.unembed(hidden)
 
     return lambda parameters: np.asarray(run(jax.tree.leaves([parameters[name] for name in names])))
 

@@ -29,9 +29,9 @@ from jaxinfer.config import ConfigError, EngineConfig, ModelConfig
 from jaxinfer.engine import Engine, _Flight
 from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
-from jaxinfer.models.transformer import merger
+from jaxinfer.models.transformer import merger, run_decoder
+from jaxinfer.outcome import Outcome
 from jaxinfer.request import FinishReason, Request, SamplingParams
-from jaxinfer.step import Outcome
 from pallas_kernels import devices
 from pallas_kernels.matmul import llvm_cpu
 from pallas_kernels.native import jit
@@ -188,15 +188,15 @@ def failures(engine: Engine, failing: Callable[[int], str | None]) -> Iterator[N
     """Make device calls fail as a broken device does: the donated state is gone, at once or when the result is read."""
     dispatch, calls = engine._dispatch, itertools.count(1)
 
-    def fragile(plan: Any) -> _Flight:
+    def fragile(plans: Any) -> _Flight:
         where = failing(next(calls))
         if where is None:
-            return dispatch(plan)
-        jax.tree.map(lambda array: array.delete(), engine._state)
+            return dispatch(plans)
+        jax.tree.map(lambda array: array.delete(), engine._runner.state)
         if where == "dispatch":
             raise RuntimeError("the device said no")
-        shape = engine._programs.shape_for(plan.num_slots, 0)
-        return _Flight(plan, shape, Outcome(Unreadable(), None, None), 0.0)
+        shape = engine.programs.shape_for(plans[0].num_slots, 0)
+        return _Flight(plans, shape, Outcome(Unreadable(), None, None), 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_dispatch", fragile)
@@ -204,6 +204,8 @@ def failures(engine: Engine, failing: Callable[[int], str | None]) -> Iterator[N
 
 
 class Unreadable:
+    is_fully_addressable = True
+
     def __array__(self, *_: object, **__: object) -> np.ndarray:
         raise RuntimeError("the device said no")
 
@@ -337,9 +339,9 @@ def test_a_prompt_may_be_cut_anywhere(windows: Family) -> None:
     """A neighbour's prompt of any length takes its part of a step's budget; the rest of the step is the first chunk."""
     engine, starts, dispatch = windows.crowd(), set(), windows.crowd()._dispatch
 
-    def recording(plan: Any) -> _Flight:
-        starts.update(chunk.start for chunk in plan.chunks if chunk.sequence.request.request_id == "target")
-        return dispatch(plan)
+    def recording(plans: Any) -> _Flight:
+        starts.update(chunk.start for chunk in plans[0].chunks if chunk.sequence.request.request_id == "target")
+        return dispatch(plans)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_dispatch", recording)
@@ -398,19 +400,19 @@ def test_a_failed_call_is_replayed_to_the_same_bits(where: str, windows: Family)
 
 def test_a_dependence_on_the_batch_is_seen(windows: Family) -> None:
     """Weights that change in their last bits where two sequences run: such an engine fails every test above."""
-    engine, weights = windows.crowd(), windows.crowd()._parameters
+    engine, weights = windows.crowd(), windows.crowd()._runner.parameters
     nudged = tuple(w * jnp.float32(1 + 2**-20) if w.ndim == 1 else w for w in weights)
     dispatch = engine._dispatch
 
-    def depending(plan: Any) -> _Flight:
-        engine._parameters = nudged if len(plan.running) > 1 else weights
-        return dispatch(plan)
+    def depending(plans: Any) -> _Flight:
+        engine._runner.parameters = nudged if len(plans[0].running) > 1 else weights
+        return dispatch(plans)
 
     requests = [Request(str(i), prompt_of(10, i, windows.vocab_size), GREEDY) for i in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_dispatch", depending)
         said = drive(engine, [(0, request) for request in requests])
-    engine._parameters = weights
+    engine._runner.parameters = weights
     with pytest.raises(AssertionError):
         assert_as_alone(windows, engine, requests, said, set())
     engine._scheduler.reset_device()  # what it kept of these prompts is wrong
@@ -451,7 +453,7 @@ def forward(config: ModelConfig, parameters: tuple, dtype: str, invariant: bool)
     @partial(jax.jit, static_argnums=0)
     def run(rows: int, parameters: tuple) -> jax.Array:
         model = merge(parameters)
-        hidden = model(tokens[:rows], position[:rows], lambda index, q, *_: q, position[:rows] + 1)
+        hidden = run_decoder(model, tokens[:rows], position[:rows], lambda index, q, *_: q, position[:rows] + 1)
         return model.unembed(hidden)
 
     return lambda rows: np.asarray(run(rows, parameters))
@@ -491,7 +493,7 @@ def test_backends_that_promise_nothing_are_refused(changes: dict[str, str], word
 def test_platforms_where_nothing_was_shown_are_refused(windows_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check.devices, "current", lambda: devices.named("h100"))
     with pytest.raises(ConfigError, match="invariant=True is supported on cpu, not on cuda, where no test has shown"):
-        kernel_check.check_kernels(load_config(windows_dir), replace(LONE, invariant=True))
+        kernel_check.check_kernels(load_config(windows_dir), replace(LONE, invariant=True), ())
 
 
 def test_the_engine_says_what_it_promises(windows_bf16: Family, caplog: pytest.LogCaptureFixture) -> None:

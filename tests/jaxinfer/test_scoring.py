@@ -193,11 +193,11 @@ def test_a_request_that_ends_before_its_prompt_is_done_has_none(engine: Engine) 
 def test_scoring_compiles_on_demand_and_is_no_stray(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(MODEL, BASE)
     engine.warm_up()
-    declared = {str(shape) for shape in engine._programs.declared()}
-    assert {str(shape) for shape in engine._programs._compiled} == declared
+    declared = {str(shape) for shape in engine.programs.declared()}
+    assert {str(shape) for shape in engine.programs._compiled} == declared
     logits: list[int] = []
     run(engine, [Request("a", prompts()[5], asking(1), on_prompt_logits=lambda first, _: logits.append(first))])
-    added = {str(shape) for shape in engine._programs._compiled} - declared
+    added = {str(shape) for shape in engine.programs._compiled} - declared
     assert added and added <= set(engine.info()["programs_on_demand"])
     assert engine.stats().compiles_after_warmup == 0 and "after warm-up" not in caplog.text
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from jaxinfer.batch import Packer, empty_state, limits_of
+from jaxinfer.blueprint import Blueprint
 from jaxinfer.config import EngineConfig, LayerSpec, ModelConfig, NormSpec, page_groups
-from jaxinfer.models.transformer import merger, random_parameters
-from jaxinfer.step import Drivers
 from pallas_kernels import devices
 from pallas_kernels.devices import MIB, Device
 from sharding import topology
@@ -31,19 +28,17 @@ def compiled(
 ) -> tuple[topology.Compiled, list]:
     """The step for a device, and the shapes of its K/V pools."""
     with topology.targeting(device):
-        limits = limits_of(model, config, CONTEXT, (SLOTS * CONTEXT // 128 + 2,) * len(page_groups(model)))
-        state = jax.eval_shape(lambda: empty_state(model, config, limits))
-    dtype = jnp.dtype(config.dtype)
-    parameters = jax.eval_shape(lambda: random_parameters(model, dtype, 0))
-    packer = Packer(model, limits, page_groups(model))
-    drivers = Drivers(model, limits, merger(model, dtype, config.matmul_backend))
-    control, admission = (jax.ShapeDtypeStruct((r.size,), "int32") for r in (packer.control, packer.admission))
+        pages = (SLOTS * CONTEXT // 128 + 2,) * len(page_groups(model))
+        blueprint = Blueprint(model, config, num_pages=pages)
+        state = blueprint.state
+    control, admission = blueprint.buffers
+    arguments = (blueprint.parameters, state, control)
     if prefill:
-        step = partial(drivers.mixed_step, num_slots=SLOTS, prefill_tokens=PREFILL)
-        result = topology.compile_for(device, step, parameters, state, control, admission, donate=(1,))
+        step = partial(blueprint.drivers.mixed_step, num_slots=SLOTS, prefill_tokens=PREFILL)
+        result = topology.compile_for(device, step, *arguments, admission, donate=(1,))
     else:
-        step = partial(drivers.decode_loop, num_slots=SLOTS)
-        result = topology.compile_for(device, step, parameters, state, control, donate=(1,))
+        step = partial(blueprint.drivers.decode_loop, num_slots=SLOTS)
+        result = topology.compile_for(device, step, *arguments, donate=(1,))
     return result, [leaf.shape for leaf in jax.tree.leaves(state.cache)]
 
 

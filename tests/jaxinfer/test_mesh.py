@@ -1,0 +1,106 @@
+"""Every mesh computes what one device computes: Llama through the engine, with pages, chunks, neighbours, preemption."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import pytest
+from mesh_runs import BASE, GREEDY, MESHES, Answer, Run, Zoo, argmax_only, assert_equal, greedy_waves, serve_once
+
+from jaxinfer import sampling
+from jaxinfer.config import ConfigError
+from jaxinfer.engine import Engine
+from jaxinfer.request import Request
+
+NO_EXPERTS = r"expert=2: the model has no experts; use tensor=\d instead"
+OTHERS = ("context=4", "pipe=4", "data=4", "data=2,pipe=2", "data=2,context=2,tensor=2", "pipe=2,tensor=4")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def short_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the default suite; test_mesh_sampling.py has the whole one."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(sampling, "sample", argmax_only)
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "expert" not in mesh])
+def test_mesh_equals_one_device(zoo: Zoo, mesh: str) -> None:
+    zoo.check("llama", mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", OTHERS)
+def test_further_mesh_equals_one_device(zoo: Zoo, mesh: str) -> None:
+    zoo.check("llama", mesh)
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "expert" in mesh])
+def test_experts_are_refused_where_there_are_none(zoo: Zoo, mesh: str) -> None:
+    with pytest.raises(ConfigError, match=NO_EXPERTS):
+        Engine(zoo.path("llama"), replace(BASE, mesh=mesh))
+
+
+def test_tokens_need_not_be_split(zoo: Zoo) -> None:
+    zoo.check("llama", "tensor=2", sequence_parallel=False)
+
+
+def test_a_mesh_of_one_device_is_one_device(zoo: Zoo) -> None:
+    """Through the same shard_map as any other, without a collective: bit by bit the same."""
+    devices = jax.devices()[5:6]
+    run = serve_once(zoo.path("llama"), BASE, greedy_waves(), devices)
+    alone = zoo.alone("llama")
+    assert run.answers == alone.answers
+    assert all((run.logits[name] == logits).all() for name, logits in alone.logits.items())
+
+
+def test_replicas_on_disjoint_devices(zoo: Zoo) -> None:
+    """Two engines of one process, stepped in turn."""
+    engines = [Engine(zoo.path("llama"), replace(BASE, mesh="tensor=2"), devices=jax.devices()[i : i + 2]) for i in (0, 2)]
+    for engine, first in zip(engines, (0, 2), strict=True):
+        held = {device.id for leaf in jax.tree.leaves(engine.device_state) for device in leaf.devices()}
+        assert held == {first, first + 1}
+    runs = [Run(), Run()]
+    for _ in zip(*(stepping(engine, run) for engine, run in zip(engines, runs, strict=True)), strict=True):
+        pass
+    wanted = {key: answer for key, answer in zoo.alone("llama").answers.items() if key[0].startswith("first")}
+    for run in runs:
+        assert_equal(run, Run(wanted), "a replica")
+    for engine in engines:
+        engine.close()
+
+
+def stepping(engine: Engine, run: Run) -> Iterator[None]:
+    """Serve the first wave, giving way at every step."""
+    for request in greedy_waves()[0]:
+        if request.request_id.startswith("first"):
+            engine.add(request)
+    while engine.has_work():
+        for event in engine.step():
+            answer = run.answers.setdefault((event.request_id, event.index), Answer())
+            answer.tokens += event.token_ids
+            answer.logprobs += event.logprobs or ()
+            answer.reason = event.finish_reason
+        yield
+    engine.check()
+
+
+def test_too_few_devices_are_named(zoo: Zoo) -> None:
+    with pytest.raises(ConfigError, match=r"tensor=8,context=2.*needs 16 devices and there are 8.*JAX_NUM_CPU_DEVICES"):
+        Engine(zoo.path("llama"), replace(BASE, mesh="tensor=8,context=2"))
+    with pytest.raises(ConfigError, match="needs 4 devices and there are 2"):
+        Engine(zoo.path("llama"), replace(BASE, mesh="tensor=4"), devices=jax.devices()[:2])
+
+
+def test_pipeline_says_how_idle_it_is(zoo: Zoo) -> None:
+    """Two stages and two micro-batches: one tick of each loop fills, one drains; a lone request leaves half idle."""
+    engine = Engine(zoo.path("llama"), replace(BASE, mesh="pipe=2"))
+    engine.add(Request("alone", (5, 6, 7), GREEDY))
+    while engine.has_work():
+        engine.step()
+    assert 0.5 <= engine.stats().pipeline_bubble < 0.65
+    engine.close()

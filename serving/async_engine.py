@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.request import EngineDeadError, QueueFullError, Request, RequestError, TokenEvent
+from sharding.control import HostLostError
 
 if TYPE_CHECKING:  # importing the engine imports jax
     from jaxinfer.engine import Engine
@@ -29,6 +30,7 @@ RETRY_BUSY_S = 1.0  # when no slot is known to free sooner
 RETRY_LOADING_S = 2.0
 ABORT_GRACE_S = 10.0  # aborted requests end within two loop calls; past this the engine hangs
 JOIN_S = 10.0
+ABANDON_S = 0.5  # for an engine thread that loads, or waits for a host that is gone
 
 
 class State(enum.StrEnum):
@@ -184,9 +186,16 @@ class AsyncEngine:
     def require_ready(self) -> None:
         """Raise NotReadyError or EngineDeadError unless requests are taken now."""
         if self._state is State.DEAD:
-            raise EngineDeadError(f"the engine failed: {type(self._error).__name__}")
+            raise self._death()
         if self._state is not State.READY:
             raise NotReadyError(self._state)
+
+    def fail(self, error: Exception) -> None:
+        """The engine cannot go on: those who wait hear so now, whatever its thread is stuck in. Any thread may call it.
+
+        Nothing happens where the engine failed, or has ended, already.
+        """
+        self._post(self._die, error)
 
     async def drain(self, timeout_s: float) -> int:
         """Take no more requests, let the running ones end, abort those left after `timeout_s`; returns how many."""
@@ -206,7 +215,8 @@ class AsyncEngine:
         self._stopping = True
         self._wake.set()
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, JOIN_S if self._serving else 0.5)
+            answers = self._serving and not isinstance(self._error, HostLostError)
+            await asyncio.to_thread(self._thread.join, JOIN_S if answers else ABANDON_S)
         if self._state is not State.DEAD:
             self._set_state(State.STOPPED)
         self._fail_waiting(EngineDeadError("the engine was stopped"))
@@ -239,8 +249,10 @@ class AsyncEngine:
 
     async def call[Result](self, function: Callable[[Engine], Result]) -> Result:
         """`function(engine)` in the engine thread between two steps, for example `Engine.stats`."""
-        if self._state in (State.DEAD, State.STOPPED):
-            raise EngineDeadError(f"the engine is {self._state}")
+        if self._state is State.DEAD:
+            raise self._death()
+        if self._state is State.STOPPED:
+            raise EngineDeadError("the engine was stopped")
         assert self._loop is not None, "start() comes first"
         future: asyncio.Future[Any] = self._loop.create_future()
         self._calls.add(future)
@@ -273,11 +285,21 @@ class AsyncEngine:
             self._idle.set()
 
     def _die(self, error: BaseException) -> None:
-        if self._serving:  # while loading, the caller of until_ready reports it
+        if self._state in (State.DEAD, State.STOPPED):  # the first reason stands
+            return
+        self._stopping = True
+        self._wake.set()
+        if self._serving and not isinstance(error, HostLostError):  # else whoever started this reports it
             log.critical("the engine failed", exc_info=error)
         self._error = error
         self._set_state(State.DEAD)
-        self._fail_waiting(EngineDeadError(f"the engine failed: {type(error).__name__}"))
+        self._fail_waiting(self._death())
+
+    def _death(self) -> Exception:
+        """What those are told who wait for an engine that is DEAD."""
+        if isinstance(self._error, HostLostError):
+            return self._error
+        return EngineDeadError(f"the engine failed: {type(self._error).__name__}")
 
     def _fail_waiting(self, error: Exception) -> None:
         self._deliver([(request_id, error) for request_id in list(self._streams)])

@@ -13,7 +13,7 @@ from jaxinfer.config import ConfigError
 from jaxinfer.request import SamplingParams
 from serving.bench_drive import Run, all_running_step_s, drive, equal_prompts
 from serving.bench_latency import summarize_latency
-from serving.bench_options import add_model, open_engine, positive, sampling
+from serving.bench_options import add_hosts, add_model, open_engine, positive, sampling
 from serving.bench_report import Ceilings, Reporter, common_report
 
 DEFAULT = ("greedy", "temperature=1,top_p=0.9")
@@ -22,6 +22,7 @@ DEFAULT = ("greedy", "temperature=1,top_p=0.9")
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser("compare", allow_abbrev=False, help="compare ways of sampling on one engine, interleaved")
     add_model(parser)
+    add_hosts(parser)
     parser.add_argument(
         "--sampling",
         action="append",

@@ -21,6 +21,7 @@ from jaxinfer.request import SamplingParams
 from serving.bench_drive import Run, all_running_step_s, drive, equal_prompts
 from serving.bench_options import (
     SAMPLING_FIELDS,
+    add_hosts,
     add_model,
     add_sampling,
     flag_type,
@@ -37,6 +38,7 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser("latency", allow_abbrev=False, help="time one batch: prefill, then decode")
     add_model(parser)
+    add_hosts(parser)
     add_sampling(parser)
     parser.add_argument(
         "--batch-size",

@@ -17,6 +17,8 @@ from jaxinfer.request import SamplingParams
 from serving.bench_report import Reporter
 from serving.bench_trace import parse_length
 from serving.flags import add_config_flags, config_from, flag_type, positive
+from serving.several_hosts import team_of
+from sharding.hosts import HostsConfig
 
 SAMPLING_FIELDS = {
     "temperature": float,
@@ -40,6 +42,11 @@ def add_model(parser: argparse.ArgumentParser, *, skip: Collection[str] = ()) ->
         "--max-model-len", type=positive, default=None, help="longest sequence (default: the workload's)"
     )
     add_config_flags(parser, EngineConfig, skip={"max_num_seqs", "max_model_len", *skip})
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """The flags of a benchmark whose engine may run on several hosts."""
+    add_config_flags(parser, HostsConfig)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +100,11 @@ def open_engine(args: argparse.Namespace, reporter: Reporter, *, num_seqs: int, 
     if wanted is None and longest is not None:
         wanted = min(model.max_position, longest)
     config = config_from(args, EngineConfig, max_num_seqs=args.max_num_seqs or num_seqs, max_model_len=wanted)
-    engine = Engine(directory, config, progress=lambda name: reporter.note(f"loading {name}"))
+    team = team_of(args)
+    loading = lambda name: reporter.note(f"loading {name}")
+    engine = Engine(directory, config, progress=loading, **team.engine_options())
     engine.warm_up(lambda name: reporter.note(f"compiling {name}"))
+    team.follow(engine)
     return engine
 
 

@@ -22,6 +22,7 @@ from jaxinfer.perf.roofline import decode_step_bytes, mbu, mfu, prefill_flops
 from jaxinfer.perf.simulate import StepCosts, TraceItem, ideal_duration_s
 from serving.bench_drive import Calibration, calibrate, drive
 from serving.bench_options import (
+    add_hosts,
     add_lengths,
     add_model,
     add_sampling,
@@ -40,6 +41,7 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
         "throughput", allow_abbrev=False, help="run a trace of requests; compare with the ideal for that trace"
     )
     add_model(parser)
+    add_hosts(parser)
     add_sampling(parser)
     add_lengths(parser, input_len="128", output_len="64")
     parser.add_argument("--num-prompts", type=positive, default=100, help="requests (default: 100)")

@@ -1,4 +1,4 @@
-"""The `jaxinfer` command: serve, generate, eval, check, bench, info, demo.
+"""The `jaxinfer` command: serve, generate, eval, check, convert, bench, info, demo.
 
 stdout holds results (with --json one JSON document and nothing else), stderr everything else. Exit codes: 0 done,
 1 failed, 2 bad arguments. jax is imported by the commands that need it, so that --help is quick.
@@ -16,15 +16,20 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from jaxinfer.config import ConfigError, EngineConfig, shipped_model
 from jaxinfer.request import RequestError
 from serving.check_cli import add_check_parser
+from serving.convert_cli import add_convert_parser
 from serving.eval_cli import add_eval_parser
 from serving.flags import add_config_flags, config_from
 from serving.generate import add_generate_parser
+from serving.several_hosts import ALONE, Team
+from sharding.control import HostLostError
+from sharding.hosts import HostsConfig, HostsError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -35,25 +40,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(argv).parse_args(argv)
     level = getattr(args, "log_level", "warning").upper()  # bench has flags of its own
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    debug = getattr(args, "debug", False)
     _choose_platform()
     args.progress = Progress()
+    args.team = ALONE
+    code = 1
+    try:
+        code = _run(args)
+    except SystemExit as error:  # of argparse
+        code = error.code if isinstance(error.code, int) else 1
+        raise
+    finally:
+        args.team.leave_process(code)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    debug = getattr(args, "debug", False)
     try:
         if getattr(args, "model", None) is not None:
             _check_model(args.model)
-        code = args.func(args)
+        args.team = Team.of(args)
+        code = args.team.run(lambda: args.func(args), joins_itself=args.func is _serve, end=partial(_end, args))
         print(end="", flush=True)  # so that a stdout which nobody reads is an error here
         return code
     except KeyboardInterrupt:
         return _fail(args, "interrupted", 130)
+    except HostLostError as error:
+        _end(args, str(error))
+        return 1
     except Exception as error:
         if isinstance(error, BrokenPipeError):
             _discard(sys.stdout)  # or the interpreter would fail to flush it at exit
         if debug:
             _to_stderr(traceback.format_exc())
-        return _fail(
-            args, str(error) or type(error).__name__, 2 if isinstance(error, (ConfigError, RequestError)) else 1
-        )
+        usage = isinstance(error, (ConfigError, HostsError, RequestError))
+        return _fail(args, str(error) or type(error).__name__, 2 if usage else 1)
 
 
 class Progress:
@@ -90,19 +111,34 @@ class Progress:
 
 def _serve(args: argparse.Namespace) -> int:
     from serving.grpc_server import ServerConfig, serve
+    from serving.replicas import replica_devices
 
     engine_config = config_from(args, EngineConfig)
     server_config = config_from(args, ServerConfig)
     model_name = server_config.served_model_name or Path(args.model).resolve().name
     progress: Progress = args.progress
+    team: Team = args.team
+    if team.is_several and server_config.replicas > 1:
+        raise ConfigError(
+            f"replicas={server_config.replicas}: several hosts serve one replica; start a group of hosts for each"
+        )
 
-    def make_engine(report: Any) -> Any:
+    def make_engine(report: Any, replica: int | None = None) -> Any:
+        team.join()
         from jaxinfer.engine import Engine
 
-        progress.say(f"loading {args.model}")
-        engine = Engine(args.model, engine_config, progress=report)
+        progress.say(f"loading {args.model}" + ("" if replica is None else f" as replica {replica}"))
+        devices = None
+        if replica is not None:
+            devices = replica_devices(replica, server_config.replicas, engine_config.mesh_sizes.num_devices)
+        engine = Engine(args.model, engine_config, devices=devices, progress=report, **team.engine_options())
         progress.say("loaded; compiling")
         return engine
+
+    if team.follows:
+        engine = make_engine(progress.update)
+        engine.warm_up(progress.update)
+        team.follow(engine)
 
     def on_listening(address: str) -> None:
         progress.say(f"listening on {address}")
@@ -117,9 +153,11 @@ def _serve(args: argparse.Namespace) -> int:
             report=progress.update,
             say=progress.say,
             on_listening=on_listening,
+            team=team,
         )
     )
     if not ended:  # a compile or a device call holds the engine thread; interpreter shutdown would wait for it
+        team.close()
         os._exit(0)
     return 0
 
@@ -178,11 +216,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     add_config_flags(server, ServerConfig)
     add_config_flags(server, EngineConfig)
+    add_config_flags(server, HostsConfig)
     server.set_defaults(func=_serve)
 
     add_generate_parser(subparsers, [model, common])
     add_eval_parser(subparsers, [model, common])
     add_check_parser(subparsers, [model, common])
+    add_convert_parser(subparsers, [common])
     if "bench" in argv:
         from serving.benchmark import add_bench_parser
 
@@ -245,6 +285,12 @@ def _choose_platform() -> None:
         return
     has_cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     os.environ["JAX_PLATFORMS"] = "cuda,cpu" if has_cuda else "cpu"
+
+
+def _end(args: argparse.Namespace, text: str) -> None:
+    """The last word of a process whose group has lost a host."""
+    args.progress.clear()
+    _to_stderr(f"jaxinfer: {text}\n")
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 
 from jaxinfer.conversation import Conversation
 from jaxinfer.request import EngineDeadError, QueueFullError, RequestError, SamplingParams
+from sharding.control import HostLostError
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,9 @@ def status_of(error: Exception) -> tuple[status_pb2.Status, float | None]:
         code = code_pb2.DEADLINE_EXCEEDED
     elif hasattr(error, "retry_after_s"):  # NotReadyError: loading or draining
         code, retry_after_s = code_pb2.UNAVAILABLE, error.retry_after_s
+    elif isinstance(error, HostLostError):  # without its address, and for good: this server ends
+        code, text = code_pb2.UNAVAILABLE, f"{error.host} of this server was lost, and the server ends"
+        details.append(error_details_pb2.ErrorInfo(reason="HOST_LOST", domain=DOMAIN))
     elif isinstance(error, (EngineDeadError, CompletionFailedError)):
         code = code_pb2.INTERNAL
         reason = "ENGINE_DEAD" if isinstance(error, EngineDeadError) else "COMPLETION_FAILED"

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from jaxinfer.config import ConfigError, EngineConfig, flag_fields
 from jaxinfer.evaluation.text import BOS_MODES, DEFAULT_WINDOW, WindowOptions, read_text, tokenize, windows
 from serving.flags import add_config_flags, arguments_from, config_from, flag_type, positive
+from serving.several_hosts import team_of
+from sharding.hosts import HostsConfig
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
@@ -33,6 +35,7 @@ def add_eval_parser(subparsers: Any, parents: list[argparse.ArgumentParser]) -> 
 
     ppl = kinds.add_parser("ppl", parents=parents, allow_abbrev=False, help="perplexity of a text file")
     _add_text_flags(ppl)
+    add_config_flags(ppl, HostsConfig)
     ppl.set_defaults(func=_ppl)
 
     compare = kinds.add_parser(
@@ -60,6 +63,7 @@ def add_eval_parser(subparsers: Any, parents: list[argparse.ArgumentParser]) -> 
     choices.add_argument("--log-samples", metavar="FILE", help="write each question's answer there, as JSONL")
     choices.add_argument("--limit", type=positive, metavar="N", help="take the first N questions alone")
     _add_output_and_engine(choices)
+    add_config_flags(choices, HostsConfig)
     choices.set_defaults(func=_choices)
 
 
@@ -168,8 +172,10 @@ def _open(args: argparse.Namespace, model: str, config: EngineConfig) -> LLM:
     from jaxinfer.llm import LLM  # imports jax, which takes seconds
 
     args.progress.update(f"loading {model}")
-    llm = LLM(model, warm_up=False, **dataclasses.asdict(config))
+    team = team_of(args)
+    llm = LLM(model, warm_up=False, **team.engine_options(), **dataclasses.asdict(config))
     args.progress.clear()
+    team.follow(llm.engine)
     return llm
 
 

@@ -17,6 +17,8 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.conversation import Conversation
 from jaxinfer.request import FinishReason, SamplingParams, TokenLogprobs
 from serving.flags import add_config_flags, add_flag, config_from
+from serving.several_hosts import team_of
+from sharding.hosts import HostsConfig
 
 if TYPE_CHECKING:
     from jaxinfer.llm import GenerationResult
@@ -92,6 +94,7 @@ def add_generate_parser(subparsers: Any, parents: list[argparse.ArgumentParser])
         help="added to a logit; repeat for more",
     )
     add_config_flags(parser, EngineConfig, skip=_SKIP)
+    add_config_flags(parser, HostsConfig)
     parser.set_defaults(func=run, usage_error=parser.error)
 
 
@@ -104,8 +107,10 @@ def run(args: argparse.Namespace) -> int:
     from jaxinfer.llm import LLM  # imports jax, which takes seconds
 
     args.progress.update(f"loading {args.model}")
-    llm = LLM(args.model, warm_up=False, **dataclasses.asdict(config))
+    team = team_of(args)
+    llm = LLM(args.model, warm_up=False, **team.engine_options(), **dataclasses.asdict(config))
     args.progress.clear()
+    team.follow(llm.engine)
     results = llm.generate(args.prompts, sampling, progress=sys.stderr.isatty())
     if args.json:
         json.dump(document(results, has_text=llm.engine.tokenizer is not None), sys.stdout)

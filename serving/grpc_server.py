@@ -1,18 +1,20 @@
 """The gRPC server: its options, its port, its health, and its life from the first byte of weights to the last drain.
 
-Binds loopback addresses only: there is neither TLS nor authentication yet. The port is open while the model loads;
-until it is ready every call answers UNAVAILABLE with RetryInfo and health says NOT_SERVING.
+Binds loopback addresses unless told `insecure`: there is neither TLS nor authentication yet. The port is open while the
+model loads; until it is ready every call answers UNAVAILABLE with RetryInfo and health says NOT_SERVING.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -28,7 +30,10 @@ from serving.async_engine import AsyncEngine, NotReadyError, Progress, State
 from serving.health import HealthServicer
 from serving.inference_service import SERVICE_NAME, InferenceServicer
 from serving.protos.jaxinfer.v1 import inference_pb2 as pb
+from serving.replicas import AnyEngine, ReplicaSet
+from serving.several_hosts import ALONE, Team
 from serving.tokenizing import TokenizerPool
+from sharding.control import HostLostError
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -51,8 +56,12 @@ def _flag(default: Any, help_text: str) -> Any:
 class ServerConfig:
     """How requests reach an engine. The flags of `jaxinfer serve` are generated from these fields."""
 
-    host: str = _flag("127.0.0.1", "loopback address to listen on (others need TLS and authentication)")
+    host: str = _flag("127.0.0.1", "address to listen on; one that is no loopback address needs --insecure")
     port: int = _flag(50051, "port to listen on; 0 takes a free one")
+    insecure: bool = _flag(
+        False, "let --host be any address, without TLS and authentication: whoever reaches the port can use the server"
+    )
+    replicas: int = _flag(1, "whole engines, each on devices of its own: the first takes the first devices, and so on")
     served_model_name: str | None = _flag(None, "name that requests may ask for (default: the model directory's name)")
     drain_s: float = _flag(30.0, "after SIGTERM, time for running requests to end, in seconds; then they are aborted")
     request_timeout_s: float = _flag(600.0, "time limit of calls that bring no deadline, in seconds")
@@ -66,16 +75,17 @@ class ServerConfig:
     reflection: bool = _flag(False, "offer gRPC reflection, so that grpcurl needs no .proto")
 
     def __post_init__(self) -> None:
-        if not _is_loopback(self.host):
+        if not self.host or not (self.insecure or _is_loopback(self.host)):
             raise ConfigError(
                 f"host={self.host!r} is not a loopback address; without TLS and authentication only 127.0.0.1, ::1 or "
-                "localhost can be bound (use an SSH tunnel to reach this server from elsewhere)"
+                "localhost is bound (use an SSH tunnel to reach this server from elsewhere); --insecure binds any "
+                "address, for networks where everybody may use the server"
             )
         if self.served_model_name == "":
             raise ConfigError("served_model_name='' is empty; leave it out to take the model directory's name")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} must be from 0 to 65535")
-        for name in ("max_concurrent_streams", "max_prompt_chars", "tokenizer_threads"):
+        for name in ("max_concurrent_streams", "max_prompt_chars", "tokenizer_threads", "replicas"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_concurrent_streams > MAX_CONCURRENT_STREAMS:
@@ -99,7 +109,7 @@ class ServerConfig:
 class GrpcServer:
     """`engine` behind a port. The engine is started and stopped by whoever made it."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, *, model_name: str):
+    def __init__(self, engine: AnyEngine, config: ServerConfig, *, model_name: str):
         self._config = config
         self._tokenizing = TokenizerPool(
             num_threads=config.tokenizer_threads,
@@ -137,6 +147,11 @@ class GrpcServer:
     async def start(self) -> None:
         """Open the port; ConfigError when it is taken."""
         wanted = _join(self._config.host, self._config.port)
+        if self._config.insecure and not _is_loopback(self._config.host):
+            log.warning(
+                "host=%s: listening without TLS and authentication; whoever reaches port %s can use this server",
+                *(self._config.host, self._config.port),
+            )
         try:
             self.port = self._server.add_insecure_port(wanted)
         except RuntimeError as error:
@@ -152,26 +167,35 @@ class GrpcServer:
 
 
 async def serve(
-    make_engine: Callable[[Progress], Engine],
+    make_engine: Callable[..., Engine],
     config: ServerConfig,
     *,
     model_name: str,
     report: Progress,
     say: Progress,
     on_listening: Callable[[str], None],
+    team: Team = ALONE,
 ) -> bool:
     """Serve until SIGTERM or SIGINT, drain, and return; a second signal ends the process at once.
 
-    `report` hears of each tensor and program, `say` of what goes on; `on_listening(address)` is called when the port is
-    open, before the model is loaded. Returns False when the engine thread is stuck in a call that does not return:
-    then only leaving the process ends it.
-    Raises ConfigError (port), what loading the model raised, or EngineDeadError when the engine failed later.
+    `make_engine(progress)` makes the engine, in a thread of its own; where `config.replicas` asks for several,
+    `make_engine(progress, replica=i)` makes each of them. `report` hears of each tensor and program, `say` of what
+    goes on; `on_listening(address)` is called when the port is open, before the model is loaded. Returns False when an
+    engine thread is stuck in a call that does not return: then only leaving the process ends it.
+    Raises ConfigError (port), what loading the model raised, HostLostError when one of the `team` was lost, or
+    EngineDeadError when the engine failed later.
     """
-    engine = AsyncEngine(make_engine, progress=report)
+    engine = _engine(make_engine, config.replicas, report)
     server = GrpcServer(engine, config, model_name=model_name)
     stop = asyncio.Event()
+    seen: list[int] = []
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
+        loop.add_signal_handler(number, _on_signal, number, seen, stop)
+    if team.is_several:
+        assert isinstance(engine, AsyncEngine), "several hosts run one replica"
+        team.on_lost(engine.fail)
+        team.on_leave(lambda text: _soon(loop, partial(_on_leave, text, say, stop)))
     await server.start()
     try:
         on_listening(server.address)
@@ -190,7 +214,13 @@ async def serve(
     return ended
 
 
-async def _end(engine: AsyncEngine, server: GrpcServer, drain_s: float, say: Progress) -> bool:
+def _engine(make_engine: Callable[..., Engine], num_replicas: int, report: Progress) -> AnyEngine:
+    if num_replicas == 1:
+        return AsyncEngine(make_engine, progress=report)
+    return ReplicaSet([partial(make_engine, replica=i) for i in range(num_replicas)], progress=report)
+
+
+async def _end(engine: AnyEngine, server: GrpcServer, drain_s: float, say: Progress) -> bool:
     """Drain, stop the engine, close the port: each of them whatever the one before raised."""
     try:
         if engine.state is not State.DEAD:
@@ -204,20 +234,33 @@ async def _end(engine: AsyncEngine, server: GrpcServer, drain_s: float, say: Pro
     return ended
 
 
-async def _until_dead(engine: AsyncEngine, on_ready: Callable[[], None]) -> None:
+async def _until_dead(engine: AnyEngine, on_ready: Callable[[], None]) -> None:
     try:
         await engine.until_ready()
         on_ready()
-    except (EngineDeadError, NotReadyError):
+    except (EngineDeadError, HostLostError, NotReadyError):
         log.debug("the engine did not become ready: %s", engine.state)
     while engine.state is not State.DEAD:
         await engine.next_state(engine.state)
 
 
-def _on_signal(number: int, stop: asyncio.Event) -> None:
-    if stop.is_set():
+def _on_signal(number: int, seen: list[int], stop: asyncio.Event) -> None:
+    if seen:
         log.warning("second signal: leaving at once")
         os._exit(128 + number)
+    seen.append(number)
+    stop.set()
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From another thread; nobody is left to tell when the loop has closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
+
+
+def _on_leave(text: str, say: Progress, stop: asyncio.Event) -> None:
+    """A host that follows got a signal: as if this one had, but its own may come as well."""
+    say(text)
     stop.set()
 
 

@@ -11,7 +11,8 @@ import contextlib
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.async_engine import AsyncEngine, State
+from serving.async_engine import State
+from serving.replicas import AnyEngine
 
 Context = grpc.aio.ServicerContext
 LOOK_S = 1.0  # between looks for a hanging device call
@@ -20,7 +21,7 @@ LOOK_S = 1.0  # between looks for a hanging device call
 class HealthServicer(health_pb2_grpc.HealthServicer):
     """Answers for the server as a whole (\"\") and for each name in `services`."""
 
-    def __init__(self, engine: AsyncEngine, services: tuple[str, ...]):
+    def __init__(self, engine: AnyEngine, services: tuple[str, ...]):
         self._engine = engine
         self._services = ("", *services)
 

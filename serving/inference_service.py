@@ -1,4 +1,4 @@
-"""The handlers of `jaxinfer.v1.Inference` over an `AsyncEngine`.
+"""The handlers of `jaxinfer.v1.Inference` over an `AsyncEngine` or a set of replicas.
 
 Hides how a message becomes a request, the names that `Abort` knows, time limits, and that every exception leaves as a
 typed status. Leaving a handler in any way (answered, cancelled, deadline, error) frees the request's slot.
@@ -21,9 +21,10 @@ from google.protobuf.message import Message
 
 from jaxinfer.request import Request, RequestError, TokenLogprobs
 from serving import errors, wire
-from serving.async_engine import AsyncEngine, TokenStream
+from serving.async_engine import TokenStream
 from serving.protos.jaxinfer.v1 import inference_pb2 as pb
 from serving.protos.jaxinfer.v1 import inference_pb2_grpc
+from serving.replicas import AnyEngine, ReplicaSet
 from serving.tokenizing import TokenizerPool
 
 Context = grpc.aio.ServicerContext
@@ -80,7 +81,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: AnyEngine,
         tokenizing: TokenizerPool,
         *,
         model_name: str,
@@ -167,7 +168,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """What is served."""
         self._check_model(request)
         engine = self._engine.engine
-        if self._info is None:
+        if isinstance(self._engine, ReplicaSet):
+            self._info = await self._engine.info()  # anew: how each replica does
+        elif self._info is None:
             self._info = await self._engine.call(lambda e: e.info())
         return pb.GetModelInfoResponse(
             model=self._model_name,

@@ -486,8 +486,27 @@ async def test_a_taken_port_is_a_clear_error(fakes, serving):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
 async def test_only_loopback_addresses_are_bound(host):
-    with pytest.raises(ConfigError, match="loopback"):
+    with pytest.raises(ConfigError, match="loopback.*--insecure"):
         ServerConfig(host=host)
+
+
+async def test_an_empty_host_is_refused_all_the_same():
+    with pytest.raises(ConfigError, match="host=''"):
+        ServerConfig(host="", insecure=True)
+
+
+async def test_insecure_binds_any_address_and_says_so(fakes, serving, caplog):
+    async with serving(fakes.Engine(), host="0.0.0.0", insecure=True) as server:
+        assert server.address == f"0.0.0.0:{server.server.port}"
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert "host=0.0.0.0" in warning and "without TLS and authentication" in warning
+        async with AsyncClient(f"127.0.0.1:{server.server.port}") as client:
+            assert await client.tokenize("a") == [1, 97]
+
+
+async def test_insecure_on_loopback_is_no_reason_to_warn(fakes, serving, caplog):
+    async with serving(fakes.Engine(), insecure=True):
+        assert not caplog.records
 
 
 @pytest.mark.parametrize(

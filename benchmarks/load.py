@@ -4,11 +4,12 @@ r"""How fast weights are loaded, beside the rate at which this machine copies th
         --intermediate-size 8192 --vocab-size 128256 --tie --out llama-1b
     python benchmarks/load.py llama-1b [--rounds 7] [--format orbax] [--json]
 
-With `--format orbax` the directory is converted first (jaxinfer convert), into a temporary one beside it. Files are read once beforehand, so that they are in the page cache. A round then copies all their bytes into fresh
-memory, with one thread and with as many as the loader has, and loads the parameters as bfloat16 and as float32; each
-round in another order. Rates are bytes of files per second, so float32 from bfloat16 writes twice as many: the copies
-are made once more into memory of that size. Before each, as much memory as the largest needs is written and freed: the
-host of a virtual machine may take minutes to give it pages, and whoever comes first would pay for that.
+With `--format orbax` the directory is converted first (`jaxinfer convert`), into a temporary one beside it. Files are
+read once beforehand, so that they are in the page cache. A round then copies all their bytes into fresh memory, with
+one thread and with as many as the loader has, and loads the parameters as bfloat16 and as float32; each round in
+another order. Rates are bytes of files per second, so float32 from bfloat16 writes twice as many: the copies are made
+once more into memory of that size. Before each, as much memory as the largest needs is written and freed: the host of
+a virtual machine may take minutes to give it pages, and whoever comes first would pay for that.
 """
 
 from __future__ import annotations

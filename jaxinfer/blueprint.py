@@ -26,6 +26,7 @@ from jaxinfer.sampling import TokenCounts
 from jaxinfer.step import Drivers, stage_model
 from sharding.mesh import DeviceMesh
 from sharding.parallel import parallel_of
+from sharding.shards import Shards
 
 
 class Blueprint:
@@ -54,13 +55,10 @@ class Blueprint:
         self.packer = Packer(model, self.limits, self.groups)
         split_tokens = config.sequence_parallel
         self.parallel = parallel_of(mesh, model.vocab_size, kv_axes(model), sequence_parallel=split_tokens)
-        merge, merge_prefill = (
-            merger(model, dtype, config.matmul_backend, config.invariant, shards, self.parallel.stages)
-            for shards in (self.parallel.decode, self.parallel.prefill)
-        )
-        self.drivers = Drivers(
-            model, self.limits, self._unstacked(merge), self.parallel, self._unstacked(merge_prefill)
-        )
+        merge = self._merger(self.parallel.decode)
+        same = self.parallel.prefill is self.parallel.decode
+        merge_prefill = merge if same else self._merger(self.parallel.prefill)
+        self.drivers = Drivers(model, self.limits, merge, self.parallel, merge_prefill)
         # XLA may leave out roundings to bfloat16 between operations it fuses, which differ from program to program
         self._options = {"xla_allow_excess_precision": False} if config.invariant else {}
 
@@ -173,8 +171,10 @@ class Blueprint:
         places = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         return jax.jit(self.mesh.run(part, places, everywhere)).lower(*arguments)
 
-    def _unstacked(self, merge: Callable[..., Any]) -> Callable[..., Any]:
-        """`merge` of a device's own parts, in which a stage's layers are the first and only ones of a stack."""
+    def _merger(self, shards: Shards) -> Callable[..., Any]:
+        """From a device's parts of the weights, in which a stage's layers are the only ones of a stack, to a module."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        merge = merger(self.model, dtype, config.matmul_backend, config.invariant, shards, self.parallel.stages)
         if self.parallel.stages == 1:
             return merge
         stacked = [parameter.stacked for parameter in self.placed for _ in jax.tree.leaves(parameter.abstract())]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,7 +327,7 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
 
-    @cached_property
+    @property
     def mesh_sizes(self) -> MeshConfig:
         """The mesh's axes and their sizes."""
         return MeshConfig.parse(self.mesh)

@@ -7,7 +7,7 @@ pipeline in micro-batches.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -96,14 +96,13 @@ class Forward:
             options: dict[str, Any] = {
                 "window": model.layers[index].window,
                 "softcap": model.attention_softcap,
-                "sinks": sinks,
                 "scale": model.attention_scale,
             }
             if parallel.context == 1:
-                out, _, pools[place] = attention.attend(q, k, v, pools[place], rows, **options)
+                out, _, pools[place] = _attend(q, k, v, pools[place], rows, sinks, **options)
             else:
-                out, pools[place] = context.attend(
-                    q, k, v, pools[place], rows, axes=parallel.context_axes, shards=parallel.context, **options
+                out, pools[place] = _attend_over(
+                    q, k, v, pools[place], rows, sinks, axes=parallel.context_axes, shards=parallel.context, **options
                 )
             return out
 
@@ -155,6 +154,21 @@ class Forward:
         start = (cache, received, decoded, prefilled)
         cache, _, decoded, prefilled = lax.fori_loop(0, count + pipeline.fill_ticks(), tick, start)
         return jnp.concatenate([decoded, prefilled]), cache
+
+
+# Traced and lowered once for all layers that are alike: of 80 layers, most of the time before XLA has the program.
+# Inlined, so that the program is the same.
+_OPTIONS = ("window", "softcap", "scale")
+
+
+@partial(jax.jit, inline=True, static_argnames=_OPTIONS)
+def _attend(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged, sinks: Any, **options: Any) -> Any:
+    return attention.attend(q, k, v, kv, ragged, sinks=sinks, **options)
+
+
+@partial(jax.jit, inline=True, static_argnames=(*_OPTIONS, "axes", "shards"))
+def _attend_over(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged, sinks: Any, **options: Any) -> Any:
+    return context.attend(q, k, v, kv, ragged, sinks=sinks, **options)
 
 
 def _dtype(stream: Any) -> jnp.dtype:

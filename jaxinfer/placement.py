@@ -90,12 +90,13 @@ def place_parameters(model: ModelConfig, dtype: jnp.dtype, mesh: DeviceMesh | No
     specs = abstract_parameters(model, dtype)
     if mesh is None:
         return tuple(PlacedParameter((name,), spec, False, spec.shape, None) for name, spec in specs.items())
+    names = abstract_parameters(model, dtype, mesh.config.pipe)
+    return tuple(_placed(name, specs, len(model.layers), mesh) for name in names)
+
+
+def _placed(name: str, specs: dict[str, ParameterSpec], num_layers: int, mesh: DeviceMesh) -> PlacedParameter:
     stages = mesh.config.pipe
-    return tuple(_placed(name, specs, stages, mesh) for name in abstract_parameters(model, dtype, stages))
-
-
-def _placed(name: str, specs: dict[str, ParameterSpec], stages: int, mesh: DeviceMesh) -> PlacedParameter:
-    names = tuple(_of_stage(name, stage, stages, specs) for stage in range(stages))
+    names = tuple(_of_stage(name, stage, num_layers // stages) for stage in range(stages))
     stacked = stages > 1 and name.startswith("layers.")
     spec = specs[names[0]]
     try:
@@ -110,13 +111,12 @@ def _placed(name: str, specs: dict[str, ParameterSpec], stages: int, mesh: Devic
     return PlacedParameter(names if stacked else names[:1], spec, stacked, shape, sharding, in_shards)
 
 
-def _of_stage(name: str, stage: int, stages: int, specs: dict[str, ParameterSpec]) -> str:
-    """ "layers.j.x" of a stage -> the model's own name for it."""
+def _of_stage(name: str, stage: int, stage_layers: int) -> str:
+    """The model's own name for a stage's parameter, which counts layers from 0 in each stage."""
     if not name.startswith("layers."):
         return name
     _, index, rest = name.split(".", 2)
-    num_layers = len({other.split(".")[1] for other in specs if other.startswith("layers.")})
-    return f"layers.{stage * (num_layers // stages) + int(index)}.{rest}"
+    return f"layers.{stage * stage_layers + int(index)}.{rest}"
 
 
 def _check_groups(name: str, spec: ParameterSpec, in_shards: int) -> None:
@@ -188,7 +188,7 @@ def _check_stage_formats(model: ModelConfig, stages: int) -> None:
     """A checkpoint may quantize some layers and not others."""
     specs = abstract_parameters(model, jnp.dtype(jnp.float32))
     for name in abstract_parameters(model, jnp.dtype(jnp.float32), stages):
-        names = [_of_stage(name, stage, stages, specs) for stage in range(stages)]
+        names = [_of_stage(name, stage, len(model.layers) // stages) for stage in range(stages)]
         formats = {specs[each].format for each in names}
         if len(formats) > 1:
             raise MeshError(

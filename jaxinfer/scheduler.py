@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxinfer.arrivals import Arrivals
 from jaxinfer.cache import CacheManager, PageCopy, PoolUsage
@@ -50,19 +50,20 @@ def plan_call(schedulers: Seq[Scheduler], *, max_steps: int) -> list[Plan | None
     waits there, the loop ends for all.
     """
     drafts = [scheduler.draft() for scheduler in schedulers]
-    is_mixed = any(draft.chunks for draft in drafts)
-    if is_mixed:
+    prefills = [draft.chunks for draft in drafts if draft.chunks]
+    if prefills:
         alone = not any(draft.decoding for draft in drafts)
-        stop_at_bucket([draft.chunks for draft in drafts], schedulers[0].config, alone=alone)
+        stop_at_bucket(prefills, schedulers[0].config, alone=alone)
+        max_steps = 1
+    is_held_up = may_end_early = False
     for scheduler, draft in zip(schedulers, drafts, strict=True):
-        scheduler.reserve(draft, 1 if is_mixed else max_steps)
-    if any(draft.is_held_up for draft in drafts):  # it goes on once calls in flight were applied: no long loop now
+        scheduler.reserve(draft, max_steps)
+        is_held_up |= draft.is_held_up
+        may_end_early |= draft.exit_on_free and not prefills
+    if is_held_up:  # the shard goes on once calls in flight were applied, so the others start no long loop
         for draft in drafts:
             draft.num_steps = min(draft.num_steps, 1)
-    may_end_early = not is_mixed and any(draft.exit_on_free for draft in drafts)
-    return [
-        scheduler.issue(draft, may_end_early=may_end_early) for scheduler, draft in zip(schedulers, drafts, strict=True)
-    ]
+    return [scheduler.issue(draft, may_end_early) for scheduler, draft in zip(schedulers, drafts, strict=True)]
 
 
 @dataclass(slots=True)
@@ -71,9 +72,9 @@ class Draft:
 
     decoding: list[Sequence]  # may still be running on the device
     most_steps: int  # that the longest of them can yet take
-    chunks: list[Chunk] = field(default_factory=list)
-    admissions: list[Admission] = field(default_factory=list)
-    copies: list[PageCopy] = field(default_factory=list)
+    chunks: list[Chunk] | tuple[()] = ()
+    admissions: Seq[Admission] = ()
+    copies: Seq[PageCopy] = ()
     num_steps: int = 0  # 0: takes no part
     exit_on_free: bool = False
     is_held_up: bool = False  # takes no part although somebody could go on, were calls in flight applied
@@ -211,7 +212,7 @@ class Scheduler:
         else:
             draft.num_steps, draft.exit_on_free = num_steps, somebody_waits
 
-    def issue(self, draft: Draft, *, may_end_early: bool) -> Plan | None:
+    def issue(self, draft: Draft, may_end_early: bool) -> Plan | None:
         """Third: make the plan and count its tokens as pending. may_end_early: some shard leaves on a free slot."""
         num_steps = draft.num_steps
         if num_steps == 0:

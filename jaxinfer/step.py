@@ -320,7 +320,7 @@ def slot_rows(slots: SlotState, first: jax.Array | int, n: int) -> SlotState:
 
 def put_rows(array: jax.Array, rows: jax.Array, first: jax.Array | int) -> jax.Array:
     """`array` with `rows` from its row `first` on."""
-    if rows.shape == array.shape:
+    if rows.shape == array.shape:  # a scatter over all of it, inside a shard_map's loop, crashes XLA:CPU's compiler
         return rows
     return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), first, axis=0)
 

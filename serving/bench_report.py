@@ -49,6 +49,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "matmul_tflops": ("Matmul rate", "{:.3f} TFLOP/s"),
         "host_us_per_loop": ("Host time per loop", "{:.0f} µs"),
         "compiles_after_warmup": ("Compiles after warm-up", "{:d}"),
+        "pipeline_bubble": ("Pipeline bubble, of stages' ticks", "{:.3f}"),
     },
 }
 
@@ -102,6 +103,7 @@ def common_report(engine: Engine) -> dict[str, Any]:
         "num_loops": stats.num_calls,
         "num_preemptions": stats.num_preemptions,
         "compiles_after_warmup": stats.compiles_after_warmup,
+        **({"pipeline_bubble": stats.pipeline_bubble} if engine.blueprint.parallel.stages > 1 else {}),
         "device": hardware.describe_device(),
         "versions": versions(),
         "engine": engine.info(),

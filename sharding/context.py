@@ -53,9 +53,9 @@ def attend(
         out, _, kv = attention.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
         return out, kv
     rules = Rules(axes, shards, window, softcap, scale)
-    ragged = replace(ragged, page_stride=shards, page_offset=lax.axis_index(axes))
     decode_rows = ragged.num_decode_seqs * ragged.width
     _check(q, ragged, decode_rows, shards)
+    ragged = replace(ragged, page_stride=shards, page_offset=lax.axis_index(axes))
     decoding, prefill = _phases(ragged, decode_rows)
     size = q.shape[0] - decode_rows
     (decode_k, own_k), (decode_v, own_v) = (_cut(x, decode_rows) for x in (k, v))

@@ -68,9 +68,13 @@ class Shards:
         return x if not self.names(axis) else jnp.where(self.index(axis) == 0, x, jnp.zeros_like(x))
 
     def columns(self, x: jax.Array, axis: str) -> jax.Array:
-        """`x [rows, part]` of every part, side by side: `[rows, whole]`."""
+        """`x [tokens, part]` of every part, side by side: `[tokens of this device's run, whole]`."""
         names = self.names(axis)
-        return lax.all_gather(x, names, axis=1, tiled=True) if names else x
+        if not names:
+            return x
+        if self.token_shards > 1 and names == self.names("heads"):
+            return lax.all_to_all(x, names, split_axis=0, concat_axis=1, tiled=True)
+        return self.own_tokens(lax.all_gather(x, names, axis=1, tiled=True))
 
     # ---- tokens
 

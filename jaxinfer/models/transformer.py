@@ -6,6 +6,7 @@ A jitted call takes its weights as one flat tuple of arrays (an nnx.State costs 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Lookup(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Rows `[tokens, size]`, times `scale` rounded to their dtype; of this device's run of the tokens."""
         rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
-        return _scaled(self.shards.own_tokens(self.shards.columns(rows, "columns")), self.scale)
+        return _scaled(self.shards.columns(rows, "columns"), self.scale)
 
 
 class Unembedding(nnx.Module):
@@ -215,11 +216,16 @@ def make_decoder(
 
 def abstract_parameters(config: ModelConfig, dtype: jnp.dtype, stages: int = 1) -> dict[str, ParameterSpec]:
     """Name -> spec of every parameter, in the order of the flat tuple; allocates nothing. `stages`: of one of them."""
+    return dict(_abstract_parameters(config, jnp.dtype(dtype), stages))
+
+
+@functools.lru_cache(maxsize=16)  # it is asked for several times at start, and takes a second for a hundred layers
+def _abstract_parameters(config: ModelConfig, dtype: jnp.dtype, stages: int) -> dict[str, ParameterSpec]:
     model = nnx.eval_shape(lambda: make_decoder(config, dtype, stages=stages))
     return {
         ".".join(map(str, path)): ParameterSpec(
             leaf.get_value().shape,
-            jnp.dtype(dtype),
+            dtype,
             leaf.get_metadata("axes"),
             leaf.get_metadata("format", None),
         )

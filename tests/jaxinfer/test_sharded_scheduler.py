@@ -66,7 +66,7 @@ def shards_of(sequences: list[Sequence]) -> list[int]:
 
 @pytest.mark.parametrize("data", [1, 2, 3])
 @pytest.mark.parametrize("context", [1, 2, 4])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32),
     windows=st.sampled_from([(None,), (6,), (None, 5), (3, 9)]),

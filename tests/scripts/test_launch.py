@@ -212,6 +212,17 @@ def test_a_dry_run_prints_the_commands_that_run(machine: Machine, name: str, arg
     assert expected and machine.log() == expected
 
 
+def test_the_commands_of_the_documentation_are_valid(machine: Machine, model: str) -> None:
+    text = (ROOT / "docs" / "launch.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^    scripts/(launch_.*)$", text, re.MULTILINE)]
+    assert {command[0] for command in commands} == set(SMALL_ARGUMENTS)
+    for name, *arguments in commands:
+        there = [
+            re.sub(r"^(~/models|/data)/llama$", lambda _: model, word) for word in arguments if word != "--dry-run"
+        ]
+        machine.dry_run(name, *(str(ROOT / word) if word.startswith("deploy/") else word for word in there))
+
+
 # ---- one GPU host ----
 
 

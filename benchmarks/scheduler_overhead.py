@@ -14,7 +14,7 @@ from jaxinfer.cache import CacheManager
 from jaxinfer.config import EngineConfig, KVShape, PageGroup
 from jaxinfer.plan import StepResult
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.scheduler import Scheduler
+from jaxinfer.sharded_scheduler import ShardedScheduler
 
 PAGE_SIZE = 32
 
@@ -26,7 +26,7 @@ def steady_decoding(
     config = EngineConfig(max_num_seqs=num_slots, max_num_batched_tokens=8192, max_prefill_seqs=num_slots)
     groups = [PageGroup(window, KVShape(1, 2), (index,)) for index, window in enumerate(windows)]
     cache = CacheManager(groups, [num_slots * 70] * len(windows), PAGE_SIZE)
-    scheduler = Scheduler(config, cache, max_model_len=2048)
+    scheduler = ShardedScheduler(config, [cache], max_model_len=2048)
     rng = np.random.default_rng(0)
     for index in range(num_slots):
         prompt = tuple(rng.integers(0, 1000, 12 + index % PAGE_SIZE).tolist())  # page boundaries spread over the calls
@@ -34,9 +34,10 @@ def steady_decoding(
     seconds, flight = [], None
     for _ in range(num_calls):
         start = time.thread_time()
-        plan = scheduler.plan(max_steps=num_steps)
+        plans = scheduler.plan(max_steps=num_steps)
         planned = time.thread_time() - start
-        assert plan is not None
+        assert plans is not None and plans[0] is not None
+        plan = plans[0]
         running = {slot for slot, _ in plan.running}
         tokens = [[7 if slot in running else -1] * plan.num_steps for slot in range(num_slots)]
         start = time.thread_time()
@@ -44,7 +45,7 @@ def steady_decoding(
             scheduler.apply(*flight)
         if not plan.chunks:
             seconds.append(planned + time.thread_time() - start)
-        flight = (plan, StepResult(tokens, [0] * num_slots))
+        flight = (plans, [StepResult(tokens, [0] * num_slots)])
     return seconds[4:]
 
 

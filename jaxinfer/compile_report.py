@@ -91,8 +91,10 @@ def request_of(
     return Request(name, loaded, config, piece, prefill_chunk)
 
 
-def report(request: Request, say: Say = lambda text: None, keep_text: Path | None = None) -> dict[str, Any]:
-    """The report, as JSON has it. `keep_text`: a directory for the programs' optimised HLO.
+def report(
+    request: Request, say: Say = lambda text: None, keep_text: Path | None = None, only: str | None = None
+) -> dict[str, Any]:
+    """The report, as JSON has it. `keep_text`: a directory for the programs' optimised HLO; `only`: "decode", "prefill".
 
     Raises ConfigError where model, options and mesh do not fit together; RuntimeError where nothing can be compiled.
     """
@@ -110,10 +112,14 @@ def report(request: Request, say: Say = lambda text: None, keep_text: Path | Non
         began = time.perf_counter()
         sizes, blueprint = _sized(request, mesh, limit)
         planning_s = time.perf_counter() - began
-        programs = {"decode": _program(request, blueprint, Shape(blueprint.limits.slots), sizes, say, keep_text)}
+        shapes = {"decode": Shape(blueprint.limits.slots)}
         if request.prefill_chunk:
-            shape = Shape(blueprint.limits.slots, request.prefill_chunk)
-            programs["prefill"] = _program(request, blueprint, shape, sizes, say, keep_text)
+            shapes["prefill"] = Shape(blueprint.limits.slots, request.prefill_chunk)
+        programs = {
+            name: _program(request, blueprint, shape, sizes, say, keep_text)
+            for name, shape in shapes.items()
+            if only in (None, name)
+        }
         found_memory = _memory(request, sizes, programs)
     return {
         "model": request.name,

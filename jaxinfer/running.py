@@ -179,7 +179,7 @@ class RunningSet:
         return f"{length}\0{sequence.request.cache_salt}"
 
     def _has_room(self, num_tokens: int, held_rows: int) -> bool:
-        """Whether rows [held_rows, num_tokens) fit beside what the others need soon, so as not to be preempted at once."""
+        """Whether rows [held_rows, num_tokens) fit beside what others need soon, so as not to be preempted at once."""
         if not len(self):
             return True
         owed_rows = sum(max(0, s.prefill_end - s.page_rows) for s in self._prefilling)

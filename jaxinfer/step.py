@@ -89,7 +89,8 @@ class Drivers:
     ) -> tuple[DeviceState, Outcome]:
         """One step over a decode row per slot plus up to `prefill_tokens` tokens of prefill chunks."""
         edits = self._admission.unpack(admission)
-        slots = apply_control(state.slots, self._control.unpack(control))
+        control_edits = self._control.unpack(control)
+        slots = apply_control(state.slots, control_edits)
         slots = admit(slots, edits, self.parallel.vocabulary)
         group_of = [self._forward.group_of[layer] for layer in sorted(self._forward.group_of)]
         cache = copy_pages(state.cache, edits, group_of, self.parallel.on_context_shard)
@@ -97,6 +98,8 @@ class Drivers:
 
         chunks = chunk_layout(edits, prefill_tokens, num_slots)
         decoding = ~slots.done[:num_slots]
+        if self.parallel.data > 1:  # a data shard without a plan has no pages for another step
+            decoding &= control_edits["num_steps"] > 0
         position = jnp.where(decoding, slots.num_tokens[:num_slots] - 1, 0)
         chunk_tokens = slots.tokens[chunks.token_slot, chunks.position]
         positions = jnp.concatenate([position, chunks.position])

@@ -1,4 +1,4 @@
-"""`jaxinfer compile`: would this model run on those TPUs, and how fast at best? From its config, without any of them."""
+"""`jaxinfer compile`: would this model run on those TPUs, and how fast at best? From its config, without a TPU."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     weights = ", ".join(found["weights"])
     console.print(
         f"[bold]{found['model']}[/bold] ({weights}, K/V {found['kv_dtype']}) on {found['device']['name']}, "
@@ -133,8 +133,6 @@ def _print_memory(console: Any, memory: dict[str, Any]) -> None:
 
 
 def _print_program(console: Any, program: dict[str, Any]) -> None:
-    from rich.table import Table
-
     console.print(f"[bold]{program['program']}[/bold]")
     bound = program["roofline"]
     console.print(
@@ -154,23 +152,23 @@ def _print_program(console: Any, program: dict[str, Any]) -> None:
     if program["copies"]:
         names = sorted({copied["argument"] for copied in program["copies"]})
         console.print(f"  [red]copied[/red]: {', '.join(names)}")
-    if not program["collectives"]:
-        return
-    table = Table("collective", "where", "times", "devices", "bytes each", "sent by a device", "overlapped")
-    for line in program["collectives"]:
-        table.add_row(
-            line["kind"],
-            _WHERE[line["place"]],
-            f"{line['count']:,}",
-            str(line["group_size"]),
-            size(line["payload_bytes"]),
-            size(line["sent_bytes"] * line["count"]),
-            "yes" if line["overlapped"] else "",
+    for place in ("step", "inner loop", "once", "other loop", "branch"):
+        lines = [line for line in program["collectives"] if line["place"] == place]
+        if not lines:
+            continue
+        total = sum(line["sent_bytes"] * line["count"] for line in lines)
+        console.print(f"  {_WHERE[place]}: {sum(line['count'] for line in lines)} collectives, {size(total)} sent")
+        for line in lines if place != "branch" else ():
+            console.print(
+                f"    {line['count']:,} x {line['kind']} of {size(line['payload_bytes'])} over {line['group_size']}"
+                f"{', beside products or kernels' if line['overlapped'] else ''}"
+            )
+    if program["overlap"] is not None:
+        console.print(
+            f"  a device sends {size(program['sent_bytes'])} a step, {program['overlap']:.0%} of it beside products or "
+            "kernels"
         )
-    console.print(table)
-    share = program["overlap"]
-    overlapped = "" if share is None else f", {share:.0%} of it beside products or kernels"
-    console.print(f"  a device sends {size(program['sent_bytes'])} a step{overlapped}\n")
+    console.print()
 
 
 def size(num_bytes: float) -> str:

@@ -128,7 +128,7 @@ def _token(path: str | None) -> bytes:
 
 def _tpu_place() -> Place | None:
     """Where a TPU VM's metadata, or GKE's variables, say that this host is. Costs nothing without a TPU."""
-    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
+    if not _has_tpu():
         return None
     from jax._src import clusters  # no public way says which host this is before all have met
 
@@ -148,6 +148,10 @@ def _tpu_place() -> Place | None:
             "--coordinator, --num-hosts and --host-id say it"
         ) from error
     return None
+
+
+def _has_tpu() -> bool:
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 __all__ = [

@@ -75,6 +75,7 @@ def _shards(parameter: PlacedParameter) -> list[Shard]:
     for device, index in parameter.sharding.addressable_devices_indices_map(parameter.shape).items():
         region = normalized(index or (), parameter.shape)
         devices[tuple((part.start, part.stop) for part in region)].append(device)
+    assert devices, f"no device of this process holds any of {parameter.names[0]}: {parameter.sharding}"
     return [
         Shard(tuple(slice(*bounds) for bounds in region), tuple(found)) for region, found in sorted(devices.items())
     ]

@@ -65,6 +65,16 @@ class Engine(FakeEngine):
 module = types.ModuleType("jaxinfer.engine")
 module.Engine = Engine
 sys.modules["jaxinfer.engine"] = module
+import serving.generate
+def run(args):  # what every command but serve does, with an engine of this test
+    engine = Engine(args.model, None, **args.team.engine_options())
+    args.team.follow(engine)
+    engine.group.broadcast(Message(Kind.CALL))
+    print("the result", flush=True)
+    while mode == "stuck":
+        time.sleep(1)
+    return 0
+serving.generate.run = run
 from serving.cli import main
 sys.exit(main(sys.argv[3:]))
 """
@@ -166,6 +176,27 @@ def test_sigterm_on_a_follower_drains_the_group() -> None:
     assert [code for code, _ in ends] == [0, 0], (leader.err, follower.err)
     assert sum(len(chunk.token_ids) for chunk in chunks) == 300
     assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_of_other_commands_host_0_prints_and_the_others_follow() -> None:
+    with hosts("generate", "generate", str(MODEL), "--prompt", "x") as (leader, follower):
+        ends = [leader.end(), follower.end()]
+        outs = [host.process.stdout.read() for host in (leader, follower) if host.process.stdout is not None]
+    assert outs == ["the result\n", ""] and [code for code, _ in ends] == [0, 0], (leader.err, follower.err)
+    assert ends[1][1] == "followed 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_stuck_ends_with_its_follower(number: signal.Signals) -> None:
+    with hosts("stuck", "generate", str(MODEL), "--prompt", "x") as (leader, follower):
+        assert leader.line() == "the result\n"
+        follower.until("ready, following host 0")
+        follower.process.send_signal(number)
+        code, last = leader.end(BAR_S)
+        reason = "it was told to stop: SIGTERM" if number is signal.SIGTERM else "its connection was closed"
+        assert code == 1 and last.startswith("jaxinfer: host 1 of 2 (") and f" was lost: {reason}" in last, last
+        assert number is signal.SIGKILL or follower.end(BAR_S)[0] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import attention
-from pallas_kernels.attention import Ragged, cases
+from pallas_kernels.attention import KVSpec, Ragged, cases
 from pallas_kernels.attention.cases import Case, Inputs, Outcome
 from pallas_kernels.native import jit
-from sharding import context
+from sharding import context, topology, traffic
+from sharding.tpu_slice import Slice
 
 # context shards -> the mesh they are part of, and the names of its axes that are context
 MESHES: dict[int, tuple[dict[str, int], tuple[str, ...]]] = {
@@ -48,7 +50,7 @@ CASES = {
     "mixed-page-128": Case(**_MIXED, padding=2, page_size=128),
     "mixed-shared": Case(**_MIXED, padding=2, shared=True),
 }
-FEW = ("decode-window", "prefill-many", "mixed-mha-window-sinks", "mixed-int4")
+MORE = ("decode-window", "prefill-many", "mixed-int4")  # on other meshes too
 
 
 @dataclass
@@ -135,7 +137,12 @@ def spread_run(backend: str, case: Case, shards: int, heads: bool = True) -> tup
 
 
 @pytest.mark.parametrize(
-    ("name", "shards"), [(name, shards) for name in CASES for shards in ((2, 4, 8) if name in FEW else (4,))]
+    ("name", "shards"),
+    [
+        *((name, 4) for name in CASES),
+        *(("mixed-mha-window-sinks", shards) for shards in (2, 8)),
+        *(pytest.param(name, shards, marks=pytest.mark.slow) for name in MORE for shards in (2, 8)),
+    ],
 )
 def test_one_device_and_many_agree(name: str, shards: int) -> None:
     case = CASES[name]
@@ -294,3 +301,44 @@ def test_a_call_has_few_collectives(name: str, expected: dict[str, int]) -> None
     text = str(jax.make_jaxpr(lambda kv: group.program(inputs)(*group.arguments(inputs), kv))(kv))
     found = {name: text.count(f" {name}[") for name in ("all_gather", "ppermute", "all_to_all", "psum", "pmax")}
     assert {name: count for name, count in found.items() if count} == expected
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize(
+    "name", ["v6e:2x2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"))]
+)
+@pytest.mark.parametrize("prefill", [0, 2048])
+def test_on_tpus_queries_travel_while_the_kernel_runs_and_no_page_is_copied(name: str, prefill: int) -> None:
+    """A whole slice as one context group: 64 decode rows and, or not, prefill tokens."""
+    piece = Slice.parse(name)
+    shards = piece.num_devices
+    mesh = Mesh(np.array(topology.devices_of(piece)), ("context",))
+    shape = lambda *size, dtype=jnp.int32, split=(): jax.ShapeDtypeStruct(
+        size, dtype, sharding=NamedSharding(mesh, PartitionSpec(*split))
+    )
+    by_device = lambda rows, *rest, dtype=jnp.bfloat16: shape(shards * rows, *rest, dtype=dtype, split=("context",))
+    spec, decode, seqs = KVSpec(2, 128, 128), 64, 64 + (4 if prefill else 0)
+    rows = decode + prefill // shards
+    ragged = Ragged(shape(seqs + 1), shape(seqs), shape(seqs, 256), shape(decode + prefill), num_decode_seqs=decode)
+    pool = jax.eval_shape(partial(attention.allocate, spec, 515, backend="mosaic_tpu", device=piece.device))
+    kv = jax.tree.map(lambda x: by_device(*x.shape, dtype=x.dtype), pool)
+
+    def call(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged) -> Any:
+        return context.attend(q, k, v, kv, ragged, axes=("context",), shards=shards)
+
+    split = PartitionSpec("context")
+    program = jax.shard_map(
+        call, mesh=mesh, in_specs=(split,) * 4 + (PartitionSpec(),), out_specs=(split, split), check_vma=False
+    )
+    with topology.targeting(piece.device, mesh):
+        new = by_device(rows, 2, 128)
+        lowered = jax.jit(program, donate_argnums=3).lower(by_device(rows, 8, 128), new, new, kv, ragged)
+    result = topology.compile_lowered(lowered, piece.device)
+    assert [result.copies_of(x.shape) for x in jax.tree.leaves(pool)] == [[]]
+    assert result.aliased_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+    found = traffic.collectives(result.program)
+    kinds = Counter(collective.kind for collective in found)
+    assert kinds == ({"all-gather": 1, "collective-permute": 1, "all-to-all": 1} if prefill else {"all-gather": 1})
+    for collective in found:
+        if collective.kind == "collective-permute":
+            assert collective.is_async and collective.beside

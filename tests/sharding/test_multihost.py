@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from sharding import multihost
 from sharding.host_arrays import from_devices, to_devices
 from sharding.mesh import make_mesh
 from sharding.mesh_config import MeshConfig
@@ -213,6 +214,24 @@ def test_a_lone_host_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LWS_LEADER_ADDRESS", "leader")
     place = find(HostsConfig())
     assert place is not None and (place.coordinator, place.host_id) == ("leader:8476", 1)
+
+
+def test_a_tpu_host_learns_its_place_from_what_jax_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GKE's variables, which jax reads as it does a TPU VM's metadata; nothing is asked over the network."""
+    monkeypatch.setattr(multihost, "_has_tpu", lambda: True)
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    variables = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.2", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}
+    variables |= {"MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place = find(HostsConfig())
+    assert place is not None and (place.coordinator, place.num_hosts, place.host_id) == ("127.0.0.1:8482", 4, 3)
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1")
+    assert find(HostsConfig(hosts="tpu")) is None
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "one")
+    with pytest.raises(HostsError, match="metadata do not say which host this is .* --hosts none"):
+        find(HostsConfig())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ IN_PARALLEL := tests/pallas_kernels tests/jaxinfer
 # compilers of accelerators that are not here; no asking the network which TPU this is, no lock on one that is not
 ACCELERATORS := PYTHONPATH=$(CURDIR)/.venv/accelerators TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(CPU)
 
-.PHONY: help setup accelerators demo test test-kernels test-slow lint format bench kernels models clean
+.PHONY: help setup accelerators demo test test-kernels test-slow lint format bench kernels scale models clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
@@ -46,6 +46,9 @@ bench: setup  ## latency, throughput and start-up of the shipped model
 
 kernels: accelerators  ## compile every kernel for every accelerator and write the table of docs/kernels.md
 	@$(ACCELERATORS) .venv/bin/python scripts/kernel_table.py
+
+scale: accelerators  ## compile large models for TPU slices and write the tables of docs/scale.md
+	@$(ACCELERATORS) .venv/bin/python scripts/scale_table.py $(SCALE_ARGS)
 
 models: setup  ## run every golden model and write the table of docs/models.md
 	@$(CPU) .venv/bin/python scripts/model_table.py

@@ -26,6 +26,7 @@ from jaxinfer.perf.mesh_roofline import WeightBytes
 from jaxinfer.placement import PlacedParameter, mesh_of
 from jaxinfer.program_shapes import Shape
 from sharding import copies, topology, traffic
+from sharding.program import Program
 from sharding.tpu_slice import Slice
 
 SPARE_SHARE = 0.02  # of memory, left for temporaries where K/V has to be cut for a program to compile
@@ -94,7 +95,7 @@ def request_of(
 def report(
     request: Request, say: Say = lambda text: None, keep_text: Path | None = None, only: str | None = None
 ) -> dict[str, Any]:
-    """The report, as JSON has it. `keep_text`: a directory for the programs' optimised HLO; `only`: "decode", "prefill".
+    """The report, as JSON has it. `keep_text`: a directory for the optimised HLO; `only`: "decode" or "prefill".
 
     Raises ConfigError where model, options and mesh do not fit together; RuntimeError where nothing can be compiled.
     """
@@ -264,7 +265,7 @@ def _program(
         "collectives": _grouped(collectives),
         "sent_bytes": traffic.sent_bytes(step),
         "overlap": traffic.overlap(step),
-        "copies": _copies(program),
+        "copies": _copies(program, blueprint.placed),
     }
 
 
@@ -278,14 +279,21 @@ def _grouped(collectives: tuple[traffic.Collective, ...]) -> list[dict[str, Any]
     return sorted(lines, key=lambda line: -line["sent_bytes"] * line["count"])
 
 
-def _copies(program: Any) -> list[dict[str, Any]]:
-    """Weights and K/V that are written anew, by jax's name of the argument."""
+def _copies(program: Program, placed: tuple[PlacedParameter, ...]) -> list[dict[str, Any]]:
+    """Weights and K/V that are written anew; a weight by our name for it, K/V by jax's name of the argument."""
+    leaves = [parameter.names[0] for parameter in placed for _ in jax.tree.leaves(parameter.abstract())]
+    names = {f"parameters[{index}]": name for index, name in enumerate(leaves)}
     found = copies.copied_arguments(
         program,
-        lambda name, array: array.num_bytes >= LARGE_BYTES and name.startswith(("parameters", "state.cache")),
+        lambda name, array: array.num_bytes >= LARGE_BYTES and (name in names or name.startswith("state.cache")),
     )
     return [
-        {"argument": each.argument, "shape": list(each.array.dims), "bytes": each.array.num_bytes, "place": each.place}
+        {
+            "argument": names.get(each.argument, each.argument),
+            "shape": list(each.array.dims),
+            "bytes": each.array.num_bytes,
+            "place": each.place,
+        }
         for each in found
     ]
 

@@ -24,8 +24,8 @@ def check_kernels(model: ModelConfig, config: EngineConfig, placed: tuple[Placed
         )
     if config.invariant and config.mesh_sizes.num_devices > 1:
         raise ConfigError(
-            f"invariant=True is for one device, not for mesh={config.mesh!r}, where no test has shown that a row's bits "
-            "do not depend on its batch; leave one of them out"
+            f"invariant=True is for one device, not for mesh={config.mesh!r}, where no test has shown that bits do not "
+            "depend on the batch; leave one of them out"
         )
     for group in page_groups(model):
         spec, q_heads = device_kv_spec(group.shape, config), model.q_heads // config.mesh_sizes.group

@@ -2,8 +2,8 @@
 
     make scale            # needs libtpu (make accelerators), and no TPU; hours on a laptop
 
-Every program's report is kept in build/scale as soon as it is there; --reuse takes it from there. Exits 1 where a bar is
-missed or a program does not compile.
+Every program's report is kept in build/scale as soon as it is there; --reuse takes it from there. Exits 1 where a bar
+is missed or a program does not compile.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ SETUPS = (
 
 def rows_of(setup: Setup) -> list[Row]:
     decode = [Row(setup, batch, context, 0) for batch, context in setup.decode]
-    return [*decode, Row(setup, 16, CHUNK, setup.chunk)]
+    return [*decode, Row(setup, 8, CHUNK, setup.chunk)]
 
 
 def made(row: Row, say: Callable[[str], None]) -> dict[str, Any]:

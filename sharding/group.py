@@ -85,8 +85,9 @@ class Group:
 
         A device call that failed because a peer died fails a moment before the peer's connection is seen to close.
         """
-        if self._lost_event.wait(wait_s) or self._lost is not None:
-            assert self._lost is not None
+        if wait_s > 0:
+            self._lost_event.wait(wait_s)
+        if self._lost is not None:
             raise self._lost
 
     def on_lost(self, callback: OnLost) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 SOURCES = ("auto", "none", "flags", "slurm", "kubernetes", "tpu")
 MAX_HOSTS = 4096
-DEFAULT_PORT = 8476  # of host 0, where the launcher names no port
+DEFAULT_PORT = 8400  # of host 0, where the launcher names no port
 FIRST_SLURM_PORT = 61_440  # ports that systems hand out last; steps of different jobs should differ
 
 

@@ -67,7 +67,9 @@ MODELS: dict[str, Made] = {
     "gemma3n": Made(
         "gemma3n",
         2,
-        PER_LAYER | ALTERNATING | {"intermediate_size": [64, 128, 64, 64], "activation_sparsity_pattern": [0.5, 0, 0, 0]},
+        PER_LAYER
+        | ALTERNATING
+        | {"intermediate_size": [64, 128, 64, 64], "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     ),
     "gemma3n_vision": Made("gemma3n_vision", 1, PER_LAYER | ALTERNATING | {"intermediate_size": [64] * 4}),
     "gemma4": Made("gemma4", 2, PER_LAYER | ALTERNATING),  # reads the K/V of earlier layers, through wider MLPs

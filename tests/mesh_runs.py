@@ -1,4 +1,4 @@
-"""The same requests through an engine on a mesh and through one on one device: what they are, and what must be equal."""
+"""The same requests through an engine on a mesh and one on one device: what they are, and what must be equal."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.engine_stats import EngineStats
 from jaxinfer.memory import pages_per_group
 from jaxinfer.models import load_config
-from jaxinfer.request import MAX_TOP_LOGPROBS, FinishReason, Request, SamplingParams, TokenLogprobs
+from jaxinfer.request import MAX_TOP_LOGPROBS, FinishReason, PromptLogprobs, Request, SamplingParams, TokenLogprobs
 from sharding.vocabulary import Vocabulary
 
 LOGITS_BAR = 1e-5  # of the largest logit: float32 added up in another order
@@ -36,7 +36,7 @@ MESHES = (
     "data=2,tensor=2",
     "tensor=2,context=2,pipe=2",
 )
-# One program of each kind: four slots in all, one size of prefill. No mesh: pages for all; a mesh: for about one sequence.
+# One program of each kind: four slots in all, one size of prefill.
 BASE = EngineConfig(
     dtype="float32",
     max_num_seqs=4,
@@ -61,10 +61,12 @@ class Answer:
 
 @dataclass
 class Run:
-    """All that an engine answered: completions by (request id, index), logits f32[prompt, vocab] by request id."""
+    """All that an engine answered: completions by (request id, index); by request id logits f32[prompt, vocab] and how
+    it saw the prompt, where asked for."""
 
     answers: dict[tuple[str, int], Answer] = field(default_factory=dict)
     logits: dict[str, np.ndarray] = field(default_factory=dict)
+    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
     stats: EngineStats | None = None
 
 
@@ -102,6 +104,8 @@ def serve(engine: Engine, waves: Waves) -> Run:
                 answer.tokens += event.token_ids
                 answer.logprobs += event.logprobs or ()
                 answer.reason, answer.error = event.finish_reason, event.error
+                if event.prompt_logprobs is not None:
+                    run.prompt_logprobs[event.request_id] = event.prompt_logprobs
         engine.check()
     run.stats = engine.stats()
     assert run.stats.num_failed_calls == 0
@@ -160,8 +164,9 @@ class Zoo:
     def on_mesh(self, name: str, mesh: str, **options: Any) -> Run:
         """Greedy requests on a mesh, tight of pages."""
         run = serve_once(self.path(name), self.tight(name, mesh, **options), greedy_waves())
-        assert run.stats is not None
-        assert run.stats.num_preemptions > 0 and run.stats.cached_prompt_tokens > 0, run.stats
+        assert run.stats is not None and run.stats.cached_prompt_tokens > 0, run.stats
+        if any(layer.window is None for layer in load_config(self.path(name)).layers):  # else pages slide out in time
+            assert run.stats.num_preemptions > 0, run.stats
         return run
 
     def check(self, name: str, mesh: str, **options: Any) -> None:
@@ -169,7 +174,7 @@ class Zoo:
         assert_equal(self.on_mesh(name, mesh, **options), self.alone(name), f"{name} on {mesh}")
 
     def check_by_oracle(self, name: str, mesh: str, **options: Any) -> None:
-        """The same against the oracle, which compiles in a fifth of the time: each token is the best after those before."""
+        """The same against the oracle, which compiles in a fifth of the time: each token is the best one."""
         run, oracle = self.on_mesh(name, mesh, **options), Oracle(self.path(name))
         assert oracle.config.length_rule is None or not oracle.config.length_rule.whole, "a token's logits change later"
         for request in (request for wave in greedy_waves() for request in wave):
@@ -177,7 +182,7 @@ class Zoo:
             logits = oracle.logits(prompt + answer.tokens, len(prompt))
             assert len(answer.tokens) == request.sampling.max_tokens, f"{name} on {mesh}: {answer}"
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer.tokens, f"{name} on {mesh}: {request}"
-            if request.request_id in run.logits:
+            if request.request_id.startswith("whole"):
                 assert logits_error(run.logits[request.request_id], logits[: len(prompt)]) <= LOGITS_BAR
 
 
@@ -192,7 +197,7 @@ def argmax_only(
     active: jax.Array,
     vocabulary: Vocabulary,
 ) -> sampling.SampleResult:
-    """`sampling.sample` of greedy rows, for tests that are about other things: it compiles for longer than a model does."""
+    """`sampling.sample` of greedy rows, for tests of other things: it compiles for longer than these models do."""
     whole = vocabulary.whole(logits)
     tokens = jnp.argmax(whole, axis=1).astype(jnp.int32)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(whole), tokens[:, None], axis=1)[:, 0]

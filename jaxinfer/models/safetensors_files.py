@@ -72,6 +72,7 @@ class StoredTensor:
         """Elements [first, first + out.size) in the file's order; `out` is contiguous and of the stored dtype."""
         view = memoryview(out.reshape(-1).view(np.uint8))
         position = self.start + first * self.dtype.itemsize
+        assert self.start <= position <= self.end - out.nbytes, f"{self}: {out.size} elements from {first} on"
         while view:
             try:
                 count = os.preadv(self.file.fileno(), [view], position)

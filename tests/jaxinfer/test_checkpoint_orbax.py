@@ -285,6 +285,14 @@ def add_name(names: dict[str, Any]) -> None:
     names["('extra',)"] = {"key_metadata": [{"key": "extra", "key_type": 2}]}
 
 
+def drop_chunk(directory: Path) -> None:
+    """One that an array has by its own metadata, from the index."""
+    base = {"driver": "file", "path": f"{state(directory)}/"}
+    index = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    names = [key for key in index.list().result() if key.startswith(b"embed.weight/c/")]
+    index.write(names[-1], None).result()
+
+
 DEFECTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another width": (
         edit_config(intermediate_size=256),
@@ -315,6 +323,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: os.truncate(next(data_files(d)), next(data_files(d)).stat().st_size // 2),
         r"array '.*' in .* cannot be (opened|read): ",
     ),
+    "a chunk that is not there": (drop_chunk, r"array 'embed\.weight' in .* cannot be read: "),
     "empty": (lambda d: (shutil.rmtree(d / "orbax"), (d / "orbax").mkdir()), r"is no finished Orbax checkpoint"),
     "both formats": (
         lambda d: (d / "model.safetensors").write_bytes(b""),

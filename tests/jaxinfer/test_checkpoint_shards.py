@@ -358,6 +358,25 @@ def test_what_a_device_does_not_hold_of_a_quantized_weight_is_not_read_where_it_
     assert counts[1] == counts[0] if inputs_first else counts[1] <= 0.5 * counts[0] + 16  # weight_shape's
 
 
+@pytest.mark.parametrize(
+    "scheme", ["packed int4 zero points", "packed int8", "fp8 blocks", "int8 per tensor", "int8 zero points", "awq"]
+)
+def test_any_outputs_of_a_quantized_weight(tmp_path: Path, scheme: str) -> None:
+    """Also where they begin inside of a block of outputs that share a scale, or of a word of zero points."""
+    write_model(tmp_path, SCHEMES[scheme].config, SCHEMES[scheme].write)
+    config, name = load_config(tmp_path), "layers.1.mlp.gate.weight"
+    specs = abstract_parameters(config, BF16)
+    values = values_of(dict(zip(specs, load_parameters(tmp_path, config, BF16), strict=True))[name])
+    size = specs[name].shape[1]
+    with ExitStack() as files:
+        stored = open_checkpoint(tmp_path, config, specs, files)[name]
+        for start, stop in ((8, 24), (24, 72), (56, 96)) if scheme == "awq" else ((1, 2), (13, 71), (50, 96)):
+            target = Target((slice(start, stop), slice(0, size)), empty(specs[name].format, (stop - start, size)))
+            (job,) = stored.jobs([target])
+            job()
+            np.testing.assert_array_equal(values_of(target.into), values[start:stop])
+
+
 def empty(held: WeightFormat | None, shape: tuple[int, ...]) -> QuantizedTensor:
     """Of NumPy arrays to be filled."""
     assert held is not None

@@ -1,4 +1,4 @@
-"""Every mesh computes what one device computes: Llama through the engine, with pages, chunks, neighbours, preemption."""
+"""Every mesh computes what one device computes: Llama through the engine, with chunks, neighbours and preemption."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,10 +23,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 
 @pytest.fixture(autouse=True)
-def short_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the default suite; test_mesh_sampling.py has the whole one."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(sampling, "sample", argmax_only)
+def short_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_mesh_sampling.py has the whole one."""
+    monkeypatch.setattr(sampling, "sample", argmax_only)
 
 
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "expert" not in mesh])
@@ -61,7 +60,9 @@ def test_a_mesh_of_one_device_is_one_device(zoo: Zoo) -> None:
 
 def test_replicas_on_disjoint_devices(zoo: Zoo) -> None:
     """Two engines of one process, stepped in turn."""
-    engines = [Engine(zoo.path("llama"), replace(BASE, mesh="tensor=2"), devices=jax.devices()[i : i + 2]) for i in (0, 2)]
+    engines = [
+        Engine(zoo.path("llama"), replace(BASE, mesh="tensor=2"), devices=jax.devices()[i : i + 2]) for i in (0, 2)
+    ]
     for engine, first in zip(engines, (0, 2), strict=True):
         held = {device.id for leaf in jax.tree.leaves(engine.device_state) for device in leaf.devices()}
         assert held == {first, first + 1}

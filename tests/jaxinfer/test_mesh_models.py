@@ -1,4 +1,4 @@
-"""Every architecture over meshes: by default one mesh each, such that each kind of split meets several architectures."""
+"""Every architecture over meshes: by default one each, such that every kind of split meets several architectures."""
 
 from dataclasses import replace
 
@@ -44,10 +44,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 
 @pytest.fixture(autouse=True)
-def short_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the default suite; test_mesh_sampling.py has the whole one, and so have the slow tests."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(sampling, "sample", argmax_only)
+def short_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_mesh_sampling.py has the whole one."""
+    monkeypatch.setattr(sampling, "sample", argmax_only)
 
 
 @pytest.mark.parametrize("name", DEFAULT)

@@ -54,7 +54,7 @@ def test_a_lone_host(flags: dict[str, Any], variables: dict[str, str]) -> None:
         ({"coordinator": "a:1"}, SLURM, Place("Slurm", "a", 1, 4, 2)),
         ({"num_hosts": 4, "host_id": 2, "coordinator": "a:1"}, SLURM, Place("Slurm", "a", 1, 4, 2)),
         ({}, LWS, Place("the LeaderWorkerSet", "tiny-0.tiny.default", DEFAULT_PORT, 2, 1)),
-        ({"hosts": "kubernetes"}, {**SLURM, **LWS}, Place("the LeaderWorkerSet", "tiny-0.tiny.default", 8476, 2, 1)),
+        ({"hosts": "kubernetes"}, {**SLURM, **LWS}, Place("the LeaderWorkerSet", "tiny-0.tiny.default", 8400, 2, 1)),
         (
             {"coordinator": "job-0.svc:1", "num_hosts": 3},
             {"JOB_COMPLETION_INDEX": "2"},

@@ -1,6 +1,7 @@
 """Meshes as people write them: what is understood, what is refused, and with which words."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -116,7 +117,11 @@ def test_heads_that_are_neither_are_refused() -> None:
     assert all(kv_shards(6, size) for size in offered)
 
 
-@given(st.sampled_from([1, 2, 3, 4, 6, 8]), st.sampled_from([1, 2, 3, 4, 6, 8, 16]), st.sets(st.integers(1, 24), max_size=3))
+@given(
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+    st.sampled_from([1, 2, 3, 4, 6, 8, 16]),
+    st.sets(st.integers(1, 24), max_size=3),
+)
 def test_factors_are_those_of_the_axes_and_nest(expert: int, tensor: int, kv_heads: set[int]) -> None:
     """Each split of K/V heads is over the outermost sub-axes; or it is refused, with a reason that holds."""
     config = MeshConfig(expert=expert, tensor=tensor)
@@ -126,7 +131,7 @@ def test_factors_are_those_of_the_axes_and_nest(expert: int, tensor: int, kv_hea
         of_expert, of_tensor = factors(config, kv_heads)
     except MeshError as error:
         marks = sorted({1, expert, group, *(kv_shards(heads, group) for heads in kv_heads)}) if fits else []
-        nests = all(high % low == 0 for low, high in zip(marks, marks[1:], strict=False))
+        nests = all(high % low == 0 for low, high in itertools.pairwise(marks))
         assert not fits or not nests, error
         return
     assert fits
@@ -195,8 +200,8 @@ SLIDES, OWN, READS = {"window": 8}, {}, {"kv_from": 0}
         (
             layers(SLIDES, OWN, OWN, SLIDES),
             "pipe=2",
-            r"layer 2 \(window=None instead of 8\) is not as layer 0 of the first stage, and stages of 2 layers must be "
-            r"alike; numbers of stages that would do: 1$",
+            r"layer 2 \(window=None instead of 8\) is not as layer 0 of the first stage, and stages of 2 layers must "
+            r"be alike; numbers of stages that would do: 1$",
         ),
         (
             layers(SLIDES, OWN, SLIDES, OWN, SLIDES, OWN),

@@ -213,7 +213,7 @@ def test_a_lone_host_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LWS_WORKER_INDEX", "1")
     monkeypatch.setenv("LWS_LEADER_ADDRESS", "leader")
     place = find(HostsConfig())
-    assert place is not None and (place.coordinator, place.host_id) == ("leader:8476", 1)
+    assert place is not None and (place.coordinator, place.host_id) == ("leader:8400", 1)
 
 
 def test_a_tpu_host_learns_its_place_from_what_jax_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_a_tpu_host_learns_its_place_from_what_jax_reads(monkeypatch: pytest.Mon
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "127.0.0.1")
     assert find(HostsConfig(hosts="tpu")) is None
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "one")
-    with pytest.raises(HostsError, match="metadata do not say which host this is .* --hosts none"):
+    with pytest.raises(HostsError, match=r"metadata do not say which host this is .* --hosts none"):
         find(HostsConfig())
 
 

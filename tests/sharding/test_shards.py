@@ -1,4 +1,4 @@
-"""What layers ask of devices, on eight virtual CPU devices: rings against plain gathers and sums, and these against numpy."""
+"""What layers ask of devices, on eight virtual CPU devices: rings against plain gathers and sums, all against numpy."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,9 @@ def shards(mesh: DeviceMesh, *, ring_rows: int = 1, split_tokens: bool = True) -
     return replace(shards_of(mesh, ("kv_heads/2",), split_tokens=split_tokens), ring_rows=ring_rows)
 
 
-def run(mesh: DeviceMesh, function: Callable[..., Any], *arguments: tuple[np.ndarray, tuple[str, ...]], out: Any) -> Any:
+def run(
+    mesh: DeviceMesh, function: Callable[..., Any], *arguments: tuple[np.ndarray, tuple[str, ...]], out: Any
+) -> Any:
     """`function` on every device; each argument with the logical axes of its dimensions, "" where it is whole."""
     places = tuple(mesh.sharding(*(of(mesh, axis) for axis in axes)) for _, axes in arguments)
     results = jax.tree.map(lambda axes: mesh.sharding(*(of(mesh, axis) for axis in axes)), out, is_leaf=is_axes)

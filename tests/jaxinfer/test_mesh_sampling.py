@@ -1,0 +1,89 @@
+"""Sampled requests on meshes: every setting, and seeds, give the tokens that one device gives."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from mesh_runs import BASE, GREEDY, Run, Waves, Zoo, assert_equal, greedy_waves, random_tokens, serve_once
+
+from jaxinfer.request import FinishReason, Request, SamplingParams
+
+SEEDED = SamplingParams(temperature=2.0, seed=11, max_tokens=24, ignore_eos=True, logprobs=True, top_logprobs=5)
+SETTINGS: dict[str, SamplingParams] = {
+    "plain": SEEDED,
+    "top-k": replace(SEEDED, top_k=7),
+    "top-p": replace(SEEDED, top_p=0.8),
+    "min-p": replace(SEEDED, min_p=0.05),
+    "penalties": replace(SEEDED, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.3),
+    "all": replace(SEEDED, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3),
+    "two": replace(SEEDED, n=2, top_p=0.95),
+    "bias": replace(SEEDED, logit_bias={97: 4.0, 98: 5.0, 3: -3.0}),  # beside the padding
+    "allowed": replace(SEEDED, allowed_token_ids=(1, 24, 25, 49, 50, 51, 98), min_tokens=3, stop_token_ids=(25,)),
+    "greedy penalties": replace(GREEDY, repetition_penalty=1.5, top_logprobs=20),
+    "prompt": replace(GREEDY, prompt_logprobs=3, max_tokens=2),
+    "cool": replace(SEEDED, temperature=0.7),
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("models"))
+
+
+@cache
+def waves() -> Waves:
+    """Each setting with a prompt of its own; then, once the model's habits are known, one that stops."""
+    rng = np.random.default_rng(1)
+    return [[Request(name, random_tokens(rng, 9 + 4 * i), params) for i, (name, params) in enumerate(SETTINGS.items())]]
+
+
+@pytest.fixture(scope="module")
+def alone(zoo: Zoo) -> Run:
+    run = serve_once(zoo.path("llama"), BASE, waves())
+    plain = run.answers["plain", 0].tokens
+    assert len(set(plain)) > 12 and run.answers["two", 0].tokens != run.answers["two", 1].tokens
+    assert {97, 98} & set(run.answers["bias", 0].tokens)
+    assert set(run.answers["allowed", 0].tokens) <= {1, 24, 25, 49, 50, 51, 98}
+    assert run.prompt_logprobs["prompt"] is not None
+    return run
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2", "tensor=2,context=2,pipe=2"])
+def test_every_setting(zoo: Zoo, alone: Run, mesh: str) -> None:
+    run = serve_once(zoo.path("llama"), zoo.tight("llama", mesh), waves())
+    assert_equal(run, alone, mesh)
+    for key, answer in alone.answers.items():
+        for ours, theirs in zip(run.answers[key].logprobs, answer.logprobs, strict=True):
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+            np.testing.assert_allclose([p for _, p in ours.top], [p for _, p in theirs.top], atol=1e-4)
+    for ours, theirs in zip(run.prompt_logprobs["prompt"], alone.prompt_logprobs["prompt"], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours.rank == theirs.rank and [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+            assert abs(ours.logprob - theirs.logprob) <= 1e-4
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2"])
+def test_stop_ids(zoo: Zoo, alone: Run, mesh: str) -> None:
+    """A token of the answer without stops, as one: the answer up to there."""
+    plain = alone.answers["plain", 0].tokens
+    stop = plain[9]
+    request = Request("stops", waves()[0][0].prompt_token_ids, replace(SEEDED, stop_token_ids=(stop,)))
+    answer = serve_once(zoo.path("llama"), replace(zoo.tight("llama", mesh)), [[request]]).answers["stops", 0]
+    assert answer.tokens == plain[: plain.index(stop) + 1] and answer.reason is FinishReason.STOP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", ["tensor=4", "tensor=8", "data=2,tensor=2", "pipe=2", "context=2", "data=2,context=2,pipe=2"]
+)
+def test_every_setting_on_further_meshes(zoo: Zoo, alone: Run, mesh: str) -> None:
+    assert_equal(serve_once(zoo.path("llama"), zoo.tight("llama", mesh), waves()), alone, mesh)
+
+
+def test_greedy_requests_through_the_whole_sampler(zoo: Zoo) -> None:
+    """test_mesh.py leaves it out: the same tokens with it."""
+    waves = greedy_waves()
+    run = serve_once(zoo.path("llama"), zoo.tight("llama", "tensor=2"), waves)
+    assert_equal(run, zoo.alone("llama"), "tensor=2")

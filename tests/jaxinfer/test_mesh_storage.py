@@ -1,0 +1,123 @@
+"""Meshes with weights and K/V that are stored otherwise: quantized, sliding out of windows, too large for one device."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from mesh_models import MODELS, SIZES, drawn, write_model
+from mesh_runs import BASE, GREEDY, Zoo, argmax_only, least_kv_bytes, logits_error, random_tokens, serve, serve_once
+from oracle import Oracle
+from quantized_files import SCHEMES
+from tensor_files import write_tensors
+
+from jaxinfer import sampling
+from jaxinfer.config import ConfigError
+from jaxinfer.engine import Engine
+from jaxinfer.models import load_config
+from jaxinfer.models.weight_matching import stored_shapes
+from jaxinfer.request import Request
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def short_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_mesh_sampling.py has the whole one."""
+    monkeypatch.setattr(sampling, "sample", argmax_only)
+
+
+def requests() -> list[Request]:
+    """Two prompts over several steps, whose logits are wanted."""
+    rng = np.random.default_rng(2)
+    return [Request(f"whole-{i}", random_tokens(rng, count), replace(GREEDY, max_tokens=12)) for i, count in enumerate((70, 9))]
+
+
+# ---- quantized weights
+
+# scheme of tests/quantized_files.py -> factor of its scales, at which weights are as large as plain ones
+WEIGHTS = {"int8 per tensor": 1 / 12, "packed int4": 1.0, "gptq": 1.0, "fp8 blocks": 1 / 40, "w8a8 int8": 1 / 12}
+EXACT = 1e-5
+ROUNDED = 2e-2  # of the largest logit: activations in eight bits, which a rounding error apart fall to another step
+
+
+def write_quantized(directory: Path, scheme: str, architecture: str = "llama") -> Path:
+    """A model of MODELS whose projections are quantized."""
+    if directory.exists():
+        return directory
+    write_model(directory, architecture)
+    fields = MODELS[architecture].config() | {"num_hidden_layers": 2}
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"][:2]
+    (directory / "config.json").write_text(json.dumps(fields))
+    model, rng, tensors = load_config(directory), np.random.default_rng(3), {}
+    for name, shape in stored_shapes(model).items():
+        if name.endswith("_proj.weight") or ".experts." in name:
+            made, _ = SCHEMES[scheme].write(rng, name.removesuffix(".weight"), *shape)
+            tensors |= {key: scaled(value, WEIGHTS[scheme]) if "scale" in key else value for key, value in made.items()}
+        else:
+            tensors[name] = drawn(rng, name, shape, 0.0)
+    write_tensors(directory / "model.safetensors", tensors)
+    quantization: dict[str, Any] = dict(SCHEMES[scheme].config)
+    if "config_groups" in quantization:
+        quantization["ignore"] = ["lm_head", r"re:.*block_sparse_moe\.gate$"]
+    (directory / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
+    return directory
+
+
+def scaled(values: np.ndarray, factor: float) -> np.ndarray:
+    return (values.astype(np.float32) * factor).astype(values.dtype)
+
+
+@pytest.mark.parametrize("scheme", WEIGHTS)
+def test_quantized_weights(zoo: Zoo, scheme: str) -> None:
+    directory = write_quantized(zoo.path("llama").parent / f"quantized-{scheme}", scheme)
+    wanted = serve_once(directory, BASE, [requests()])
+    for mesh in ("tensor=2", "tensor=4"):
+        got = serve_once(directory, replace(BASE, mesh=mesh), [requests()])
+        errors = {name: logits_error(got.logits[name], logits) for name, logits in wanted.logits.items()}
+        print(scheme, mesh, errors, [a.tokens == got.answers[k].tokens for k, a in wanted.answers.items()], [len(set(a.tokens)) for a in wanted.answers.values()])
+        bar = ROUNDED if "w8a8" in scheme else EXACT
+        assert all(error <= bar for error in errors.values()), f"{scheme} on {mesh}: {errors}"
+        if bar == EXACT:
+            assert {key: answer.tokens for key, answer in got.answers.items()} == {
+                key: answer.tokens for key, answer in wanted.answers.items()
+            }
+
+
+@pytest.mark.parametrize("scheme", ["packed int4", "w8a8 int8"])
+def test_quantized_experts(zoo: Zoo, scheme: str) -> None:
+    directory = write_quantized(zoo.path("mixtral").parent / f"quantized-experts-{scheme}", scheme, "mixtral")
+    wanted = serve_once(directory, BASE, [requests()])
+    got = serve_once(directory, replace(BASE, mesh="expert=2,tensor=2"), [requests()])
+    errors = {name: logits_error(got.logits[name], logits) for name, logits in wanted.logits.items()}
+    print(scheme, errors)
+    bar = ROUNDED if "w8a8" in scheme else EXACT
+    assert all(error <= bar for error in errors.values()), errors
+
+
+def test_groups_that_do_not_divide_are_named(zoo: Zoo) -> None:
+    directory = write_quantized(zoo.path("llama").parent / "quantized-gptq", "gptq")
+    with pytest.raises(ConfigError, match="parameter layers.0.attention.o.weight .* 4 groups of 32 inputs, which do not"):
+        Engine(directory, replace(BASE, mesh="tensor=8"))
+
+
+# ---- quantized K/V
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "context=2", "tensor=2,context=2,pipe=2"])
+def test_int8_pages(zoo: Zoo, mesh: str) -> None:
+    """A K/V row that differs in its last bit may round to the next step; no more than that differs."""
+    path = zoo.path("llama_biased")
+    plain, alone = (serve_once(path, replace(BASE, **changes), [requests()]) for changes in ({}, {"kv_dtype": "int8"}))
+    got = serve_once(path, replace(BASE, mesh=mesh, kv_dtype="int8"), [requests()])
+    for name, logits in alone.logits.items():
+        by_rounding = logits_error(logits, plain.logits[name])
+        print(name, mesh, by_rounding, logits_error(got.logits[name], logits))
+        assert logits_error(got.logits[name], logits) <= by_rounding

@@ -1,4 +1,4 @@
-"""The `jaxinfer` command: serve, generate, eval, check, convert, bench, info, demo.
+"""The `jaxinfer` command: serve, generate, eval, check, convert, compile, bench, info, demo.
 
 stdout holds results (with --json one JSON document and nothing else), stderr everything else. Exit codes: 0 done,
 1 failed, 2 bad arguments. jax is imported by the commands that need it, so that --help is quick.
@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from jaxinfer.config import ConfigError, EngineConfig, shipped_model
 from jaxinfer.request import RequestError
 from serving.check_cli import add_check_parser
+from serving.compile_cli import add_compile_parser
 from serving.convert_cli import add_convert_parser
 from serving.eval_cli import add_eval_parser
 from serving.flags import add_config_flags, config_from
@@ -223,6 +224,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     add_eval_parser(subparsers, [model, common])
     add_check_parser(subparsers, [model, common])
     add_convert_parser(subparsers, [common])
+    add_compile_parser(subparsers, [common])
     if "bench" in argv:
         from serving.benchmark import add_bench_parser
 

@@ -96,7 +96,7 @@ class Group:
             if self._lost is None:
                 self._callbacks.append(callback)
                 return
-        threading.Thread(target=callback, args=(self._lost,), name="jaxinfer-lost", daemon=True).start()
+        self._tell(callback, self._lost)
 
     def fail(self, reason: str) -> None:
         """This host cannot go on: tell the others, for whom it is lost then, with this reason."""
@@ -249,6 +249,11 @@ class Group:
         self._inbox.put(None)
         self._verdicts.put(None)
         for callback in callbacks:
+            self._tell(callback, error)
+
+    @staticmethod
+    def _tell(callback: OnLost, error: HostLostError) -> None:
+        with contextlib.suppress(RuntimeError):  # at the interpreter's own end there are no more threads to be had
             threading.Thread(target=callback, args=(error,), name="jaxinfer-lost", daemon=True).start()
 
     # ---- agreement

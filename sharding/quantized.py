@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
@@ -20,17 +18,6 @@ def leaf_shardings(weight: Sharding, ndim: int, num_groups: int) -> tuple[Shardi
     spec = PartitionSpec(*leading, inputs if num_groups > 1 else None, outputs)
     per_group = NamedSharding(named.mesh, spec, memory_kind=named.memory_kind)
     return named, per_group, per_group
-
-
-def input_shards(weight: Sharding, ndim: int) -> int:
-    """Into how many parts the last of a weight's `ndim` dimensions is split."""
-    if weight.is_fully_replicated:
-        return 1
-    named = _named(weight)
-    names = _axes(named, ndim)[-1]
-    if names is None:
-        return 1
-    return math.prod(named.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def _named(weight: Sharding) -> NamedSharding:

@@ -90,6 +90,13 @@ def targeting(device: Device, mesh: Mesh | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def untargeted() -> Iterator[None]:
+    """Inside, no mesh is in context: flax would give each parameter of a skeleton a sharding, as if it were one array."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        yield
+
+
 def devices_of(piece: Slice) -> list[Any]:
     """Descriptions of a slice's devices, by coordinates: what a mesh is made of. RuntimeError where `unavailable`."""
     reason = unavailable(piece.device)

@@ -69,7 +69,8 @@ def matrix(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, name: st
     stored = weight_format(build.config, build.path + name)
     if stored is None:
         return parameter(shape, axes, build)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_weight(stored, shape))
+    held = abstract_weight(stored, shape, in_shards=build.shards.count(axes[-1]))  # how nibbles lie in a device's part
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), held)
     return nnx.Param(zeros, axes=axes, format=stored)
 
 

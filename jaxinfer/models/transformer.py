@@ -21,6 +21,7 @@ from jaxinfer.models.experts import Experts
 from jaxinfer.models.layers import MLP, Attend, Attention, Build, Norm, Rotations, parameter, rotations
 from jaxinfer.weight_formats import WeightFormat
 from pallas_kernels.matmul import matmul
+from sharding import topology
 from sharding.shards import ALONE, Shards
 
 # ModelConfig.decoder -> "module:class"
@@ -242,11 +243,12 @@ def merger(
     stages: int = 1,
 ) -> Callable[[tuple[jax.Array, ...]], Decoder]:
     """A function from the flat tuple of arrays (a device's parts of them) back to a module; call it while tracing."""
-    graph, state = nnx.split(
-        nnx.eval_shape(
-            lambda: make_decoder(config, dtype, matmul_backend, invariant=invariant, shards=shards, stages=stages)
+    with topology.untargeted():
+        graph, state = nnx.split(
+            nnx.eval_shape(
+                lambda: make_decoder(config, dtype, matmul_backend, invariant=invariant, shards=shards, stages=stages)
+            )
         )
-    )
     structure = jax.tree.structure(state)
     return lambda parameters: nnx.merge(graph, jax.tree.unflatten(structure, parameters))
 

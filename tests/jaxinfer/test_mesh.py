@@ -1,17 +1,38 @@
 """Every mesh computes what one device computes: Llama through the engine, with chunks, neighbours and preemption."""
 
+import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import zip_longest
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from mesh_runs import BASE, GREEDY, MESHES, Answer, Run, Zoo, argmax_only, assert_equal, greedy_waves, serve_once
+from mesh_runs import (
+    BASE,
+    GREEDY,
+    MESHES,
+    Answer,
+    Run,
+    Zoo,
+    argmax_only,
+    assert_equal,
+    greedy_waves,
+    logits_error,
+    random_tokens,
+    serve,
+    serve_once,
+)
 
 from jaxinfer import sampling
+from jaxinfer.blueprint import Blueprint
 from jaxinfer.config import ConfigError
 from jaxinfer.engine import Engine
+from jaxinfer.models import load_config
+from jaxinfer.placement import mesh_of
 from jaxinfer.request import Request
+from sharding.shards import RING_ROWS
 
 NO_EXPERTS = r"expert=2: the model has no experts; use tensor=\d instead"
 OTHERS = ("context=4", "pipe=4", "data=4", "data=2,pipe=2", "data=2,context=2,tensor=2", "pipe=2,tensor=4")
@@ -67,7 +88,7 @@ def test_replicas_on_disjoint_devices(zoo: Zoo) -> None:
         held = {device.id for leaf in jax.tree.leaves(engine.device_state) for device in leaf.devices()}
         assert held == {first, first + 1}
     runs = [Run(), Run()]
-    for _ in zip_longest(*(stepping(engine, run) for engine, run in zip(engines, runs, strict=True))):
+    for _ in itertools.zip_longest(*(stepping(engine, run) for engine, run in zip(engines, runs, strict=True))):
         pass
     wanted = {key: answer for key, answer in zoo.alone("llama").answers.items() if key[0].startswith("first")}
     for run in runs:
@@ -106,3 +127,50 @@ def test_pipeline_says_how_idle_it_is(zoo: Zoo) -> None:
         engine.step()
     assert 0.5 <= engine.stats().pipeline_bubble < 0.65
     engine.close()
+
+
+def test_long_steps_go_round_rings(zoo: Zoo) -> None:
+    """Steps of so many tokens that devices pass them round while they multiply; odd runs, chunks, decode rows."""
+    long = {"max_model_len": 256, "max_num_batched_tokens": 269, "min_prefill_bucket": 269}
+    rng = np.random.default_rng(6)
+    prompts = [random_tokens(rng, count) for count in (240, 30, 7)]
+    wave = [Request(f"whole-{i}", prompt, GREEDY) for i, prompt in enumerate(prompts)]
+    config = replace(BASE, mesh="tensor=4", **long)
+    model = load_config(zoo.path("llama"))
+    assert Blueprint(model, config, mesh_of(model, config)).parallel.rows_per_step(4, 269) // 4 > RING_ROWS
+    got = serve_once(zoo.path("llama"), config, [wave])
+    assert_equal(got, serve_once(zoo.path("llama"), replace(BASE, **long), [wave]), "tensor=4 in rings")
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2"])
+def test_a_failed_call_costs_time_not_requests(zoo: Zoo, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(zoo.path("llama"), zoo.tight("llama", mesh))
+    runner, calls = engine._runner, itertools.count()
+    step = runner.step
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) % 9 != 7:
+            return step(*arguments)
+        jax.tree.map(lambda leaf: leaf.delete(), runner.state)  # as a failed call leaves it
+        raise RuntimeError("a device said no")
+
+    monkeypatch.setattr(runner, "step", failing)
+    run = serve(engine, greedy_waves(), num_failures=None)
+    assert run.stats is not None and run.stats.num_failed_calls > 2
+    assert_equal(run, zoo.alone("llama"), f"{mesh}, failing")
+    json.dumps(engine.info())
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "mixtral"])
+def test_bfloat16(zoo: Zoo, name: str) -> None:
+    """Rounded before sums as well as after: as far from float32 as one device's bfloat16 is, about."""
+    mesh = "expert=2,tensor=2" if name == "mixtral" else "tensor=4"
+    exact = zoo.alone(name).logits
+    alone, split = (
+        serve_once(zoo.path(name), replace(BASE, dtype="bfloat16", mesh=sizes), greedy_waves()[:1])
+        for sizes in ("", mesh)
+    )
+    for prompt, logits in exact.items():
+        error, error_alone = logits_error(split.logits[prompt], logits), logits_error(alone.logits[prompt], logits)
+        assert error <= 2 * error_alone, f"{prompt}: {error}, on one device {error_alone}"

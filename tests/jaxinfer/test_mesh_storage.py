@@ -1,15 +1,14 @@
-"""Meshes with weights and K/V that are stored otherwise: quantized, sliding out of windows, too large for one device."""
+"""Meshes whose weights and K/V are quantized, slide out of windows, or are more than one device holds."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from mesh_models import MODELS, SIZES, drawn, write_model
-from mesh_runs import BASE, GREEDY, Zoo, argmax_only, least_kv_bytes, logits_error, random_tokens, serve, serve_once
+from mesh_models import MODELS, drawn, write_model
+from mesh_runs import BASE, GREEDY, Zoo, argmax_only, least_kv_bytes, logits_error, random_tokens, serve_once
 from oracle import Oracle
 from quantized_files import SCHEMES
 from tensor_files import write_tensors
@@ -36,7 +35,10 @@ def short_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
 def requests() -> list[Request]:
     """Two prompts over several steps, whose logits are wanted."""
     rng = np.random.default_rng(2)
-    return [Request(f"whole-{i}", random_tokens(rng, count), replace(GREEDY, max_tokens=12)) for i, count in enumerate((70, 9))]
+    return [
+        Request(f"whole-{i}", random_tokens(rng, count), replace(GREEDY, max_tokens=12))
+        for i, count in enumerate((70, 9))
+    ]
 
 
 # ---- quantized weights
@@ -82,7 +84,13 @@ def test_quantized_weights(zoo: Zoo, scheme: str) -> None:
     for mesh in ("tensor=2", "tensor=4"):
         got = serve_once(directory, replace(BASE, mesh=mesh), [requests()])
         errors = {name: logits_error(got.logits[name], logits) for name, logits in wanted.logits.items()}
-        print(scheme, mesh, errors, [a.tokens == got.answers[k].tokens for k, a in wanted.answers.items()], [len(set(a.tokens)) for a in wanted.answers.values()])
+        print(
+            scheme,
+            mesh,
+            errors,
+            [a.tokens == got.answers[k].tokens for k, a in wanted.answers.items()],
+            [len(set(a.tokens)) for a in wanted.answers.values()],
+        )
         bar = ROUNDED if "w8a8" in scheme else EXACT
         assert all(error <= bar for error in errors.values()), f"{scheme} on {mesh}: {errors}"
         if bar == EXACT:
@@ -104,7 +112,7 @@ def test_quantized_experts(zoo: Zoo, scheme: str) -> None:
 
 def test_groups_that_do_not_divide_are_named(zoo: Zoo) -> None:
     directory = write_quantized(zoo.path("llama").parent / "quantized-gptq", "gptq")
-    with pytest.raises(ConfigError, match="parameter layers.0.attention.o.weight .* 4 groups of 32 inputs, which do not"):
+    with pytest.raises(ConfigError, match=r"layers.0.attention.o.weight .* 4 groups of 32 inputs, which do not"):
         Engine(directory, replace(BASE, mesh="tensor=8"))
 
 
@@ -121,3 +129,46 @@ def test_int8_pages(zoo: Zoo, mesh: str) -> None:
         by_rounding = logits_error(logits, plain.logits[name])
         print(name, mesh, by_rounding, logits_error(got.logits[name], logits))
         assert logits_error(got.logits[name], logits) <= by_rounding
+
+
+# ---- pages over devices
+
+
+def test_a_prompt_larger_than_one_device_holds(zoo: Zoo) -> None:
+    """One device refuses what four hold together."""
+    path, config = zoo.path("llama"), replace(BASE, max_model_len=256)
+    needed = least_kv_bytes(load_config(path), config)
+    small = replace(config, kv_memory_bytes=needed // 3)
+    words = (
+        rf"kv_memory_bytes={needed // 3} is too little: .* needs {needed} bytes; .* more devices with a context axis"
+    )
+    with pytest.raises(ConfigError, match=words):
+        Engine(path, small)
+    rng, oracle = np.random.default_rng(4), Oracle(path)
+    prompts = [random_tokens(rng, count) for count in (225, 180)]
+    run = serve_once(
+        path, replace(small, mesh="context=4"), [[Request(str(i), p, GREEDY)] for i, p in enumerate(prompts)]
+    )
+    for i, prompt in enumerate(prompts):
+        tokens = run.answers[str(i), 0].tokens
+        assert oracle.logits([*prompt, *tokens])[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+        assert len(tokens) == GREEDY.max_tokens
+
+
+def test_pages_slide_out_of_windows_on_every_device(zoo: Zoo) -> None:
+    """Pages lie on devices by turns: as a sequence grows, each gives back those that no later token sees."""
+    path, window = zoo.path("mistral"), 16
+    engine = Engine(path, replace(BASE, max_model_len=256, mesh="context=2", prefix_caching=False))
+    prompt = random_tokens(np.random.default_rng(5), 100)
+    engine.add(Request("long", prompt, replace(GREEDY, max_tokens=120)))
+    tokens, used = [], []
+    while engine.has_work():
+        for event in engine.step():
+            tokens += event.token_ids
+        used += [engine.stats().pages_used[0]] if 0 < len(tokens) < 120 else []
+    engine.check()
+    engine.close()
+    most_rows = window + 2 * BASE.loop_steps  # two calls in flight
+    assert 0 < max(used) <= most_rows / 8 + 2 < (len(prompt) + 120) / 8 / 3
+    logits = Oracle(path).logits([*prompt, *tokens])
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens

@@ -112,7 +112,7 @@ class Host:
         assert line, self.err
         return line
 
-    def end(self, timeout_s: float = 60.0) -> tuple[int, str]:
+    def end(self, timeout_s: float = 2 * READY_S) -> tuple[int, str]:
         """Exit code and the last line of stderr; fails past `timeout_s`."""
         code = self.process.wait(timeout_s)
         self._reader.join(10)

@@ -2,8 +2,8 @@
 
 Published figures, for roofline tables and default block sizes (CPUs differ too much: 0); `jaxinfer.perf.hardware`
 measures the real ones.
-Sources: Google Cloud's TPU pages, NVIDIA's and AMD's data sheets (dense rates; of a link, one direction: TPU pages give
-a chip's links together and both ways, 400 GB/s on v5e, 800 on v6e, 1200 on v5p and TPU7x).
+Sources: Google Cloud's TPU pages, NVIDIA's and AMD's data sheets (dense rates; of a link, one direction, where they add
+up a chip's links and both ways: 400 GB/s on v5e, 800 on v6e, 1200 on v5p and TPU7x; 900 on H100).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Device:
     memory_gbps: float  # 1e9 bytes a second
     bf16_tflops: float
     int8_tops: float  # 0: no integer matrix unit
-    links: int = 0  # to other chips
+    links: int = 0  # to other chips; 0: it has none but the bus
     link_gbps: float = 0.0  # of each, 1e9 bytes a second in one direction
     devices_per_chip: int = 1  # of a TPU, as jax counts devices
 
@@ -51,12 +51,12 @@ DEVICES = _table(
     Device("v5p", "tpu", "TPU v5", "v5p:2x2x1", 64 * MIB, 2, 95 * GIB, 2765, 459, 918, 6, 100),
     Device("v6e", "tpu", "TPU v6 lite", "v6e:2x2", 128 * MIB, 1, 32 * GIB, 1640, 918, 1836, 4, 100),
     Device("tpu7x", "tpu", "TPU7x", "tpu7x:2x2x1", 64 * MIB, 1, 96 * GIB, 3690, 1153, 0, 6, 100, 2),
-    Device("a100", "cuda", "NVIDIA A100", "sm_80", 163 * 1024, 108, 80 * GIB, 2039, 312, 624),
+    Device("a100", "cuda", "NVIDIA A100", "sm_80", 163 * 1024, 108, 80 * GIB, 2039, 312, 624, 12, 25),
     Device("l4", "cuda", "NVIDIA L4", "sm_89", 99 * 1024, 58, 24 * GIB, 300, 121, 242),
-    Device("h100", "cuda", "NVIDIA H100", "sm_90a", 227 * 1024, 132, 80 * GIB, 3350, 989, 1979),
-    Device("h200", "cuda", "NVIDIA H200", "sm_90a", 227 * 1024, 132, 141 * GIB, 4800, 989, 1979),
-    Device("b200", "cuda", "NVIDIA B200", "sm_100a", 227 * 1024, 148, 180 * GIB, 8000, 2250, 4500),
-    Device("mi300x", "rocm", "AMD Instinct MI300X", "gfx942", 64 * 1024, 304, 192 * GIB, 5300, 1307, 2614),
+    Device("h100", "cuda", "NVIDIA H100", "sm_90a", 227 * 1024, 132, 80 * GIB, 3350, 989, 1979, 18, 25),
+    Device("h200", "cuda", "NVIDIA H200", "sm_90a", 227 * 1024, 132, 141 * GIB, 4800, 989, 1979, 18, 25),
+    Device("b200", "cuda", "NVIDIA B200", "sm_100a", 227 * 1024, 148, 180 * GIB, 8000, 2250, 4500, 18, 50),
+    Device("mi300x", "rocm", "AMD Instinct MI300X", "gfx942", 64 * 1024, 304, 192 * GIB, 5300, 1307, 2614, 7, 64),
     Device("cpu", "cpu", "cpu", platform.machine(), 1 * MIB, 1, 0, 0, 0, 0),
 )
 

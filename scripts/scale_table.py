@@ -61,7 +61,7 @@ class Row:
 
 
 SEVENTY_16 = Setup("llama-3.1-70b", "v6e:4x4", "tensor=16", decode=((1, 8192), (64, 8192), (256, 2048)))
-FOUR_HUNDRED = Setup("llama-3.1-405b", "v5p:4x4x4", "tensor=64", "int8")
+FOUR_HUNDRED = Setup("llama-3.1-405b", "v5p:4x4x4", "context=2,tensor=32", "int8")
 SETUPS = (
     Setup("llama-3.1-8b", "v5e:2x2", "tensor=4"),
     Setup("llama-3.1-8b", "v6e:1x1", ""),

@@ -192,7 +192,6 @@ class Team:
             except Followed:
                 ends.put(0)
             except BaseException as error:
-                self._fail(error)
                 ends.put(error)
 
         worker = threading.Thread(target=work, name="jaxinfer-follower", daemon=True)
@@ -200,8 +199,11 @@ class Team:
         worker.start()
         threading.Thread(target=self._end_after_stop, args=(ends,), daemon=True).start()
         end = ends.get()
-        if isinstance(end, HostLostError) and end.host_id == 0:
-            time.sleep(LAST_WORD_S)
+        if isinstance(end, HostLostError):
+            if end.host_id == 0:
+                time.sleep(LAST_WORD_S)
+        elif isinstance(end, BaseException):
+            self._fail(end)
         if isinstance(end, BaseException):
             raise end
         return end

@@ -92,7 +92,10 @@ def targeting(device: Device, mesh: Mesh | None = None) -> Iterator[None]:
 
 @contextmanager
 def untargeted() -> Iterator[None]:
-    """Inside, no mesh is in context: flax would give each parameter of a skeleton a sharding, as if it were one array."""
+    """Inside, no mesh is in context: flax would give each parameter of a skeleton a sharding, as if it were one array.
+
+    A quantized weight is several.
+    """
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         yield
 

@@ -9,13 +9,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from jaxinfer import compile_report, model_presets
 from jaxinfer.compile_report import Request, Sizes, request_of
 from jaxinfer.config import ConfigError, EngineConfig
-from jaxinfer.models.transformer import abstract_parameters
+from jaxinfer.models.transformer import abstract_parameters, merger
+from jaxinfer.placement import place_parameters
 from pallas_kernels import devices
 from serving import compile_cli
 from sharding import topology, traffic
@@ -86,6 +89,21 @@ def test_what_is_no_model_and_no_format_says_what_there_is() -> None:
         model_presets.model_of("llama-9")
     with pytest.raises(ConfigError, match=r"weights='int2' is not one of int8, int4, fp8"):
         model_presets.model_of("llama-3.1-8b", "int2")
+
+
+def test_a_quantized_model_has_the_same_arrays_where_a_mesh_is_in_context() -> None:
+    _, model = model_presets.model_of("llama-3.1-8b", "int8")
+    model = dataclasses.replace(model, layers=model.layers[:1])
+    leaves = [
+        leaf
+        for each in place_parameters(model, jnp.dtype("bfloat16"), None)
+        for leaf in jax.tree.leaves(each.abstract())
+    ]
+    assert len(leaves) == 1 + 2 + 7 * 2 + 2  # embedding, norms, values and scales, last norm, logits
+    with topology.targeting(devices.named("v6e")):
+        merge = merger(model, jnp.dtype("bfloat16"), "auto")
+        decoder = jax.eval_shape(lambda *arrays: nnx.split(merge(arrays))[1], *leaves)
+    assert len(jax.tree.leaves(decoder)) == len(leaves)
 
 
 # ---- what to compile

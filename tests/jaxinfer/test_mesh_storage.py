@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from mesh_models import MODELS, drawn, write_model
-from mesh_runs import BASE, GREEDY, Zoo, argmax_only, least_kv_bytes, logits_error, random_tokens, serve_once
+from mesh_runs import (
+    BASE,
+    GREEDY,
+    LOGITS_BAR,
+    Zoo,
+    argmax_only,
+    least_kv_bytes,
+    logits_error,
+    random_tokens,
+    serve_once,
+)
 from oracle import Oracle
 from quantized_files import SCHEMES
 from tensor_files import write_tensors
@@ -44,9 +54,14 @@ def requests() -> list[Request]:
 # ---- quantized weights
 
 # scheme of tests/quantized_files.py -> factor of its scales, at which weights are as large as plain ones
-WEIGHTS = {"int8 per tensor": 1 / 12, "packed int4": 1.0, "gptq": 1.0, "fp8 blocks": 1 / 40, "w8a8 int8": 1 / 12}
-EXACT = 1e-5
-ROUNDED = 2e-2  # of the largest logit: activations in eight bits, which a rounding error apart fall to another step
+WEIGHTS = {
+    "packed int8": 1 / 12,
+    "packed int4": 1.0,
+    "gptq zero points": 0.7,
+    "fp8 blocks": 1 / 40,
+    "w8a8 int8": 1 / 12,
+}
+ROUNDED = 5e-3  # of the largest logit: activations in eight bits, which a rounding error apart fall to another step
 
 
 def write_quantized(directory: Path, scheme: str, architecture: str = "llama") -> Path:
@@ -77,41 +92,56 @@ def scaled(values: np.ndarray, factor: float) -> np.ndarray:
     return (values.astype(np.float32) * factor).astype(values.dtype)
 
 
-@pytest.mark.parametrize("scheme", WEIGHTS)
-def test_quantized_weights(zoo: Zoo, scheme: str) -> None:
-    directory = write_quantized(zoo.path("llama").parent / f"quantized-{scheme}", scheme)
-    wanted = serve_once(directory, BASE, [requests()])
-    for mesh in ("tensor=2", "tensor=4"):
-        got = serve_once(directory, replace(BASE, mesh=mesh), [requests()])
-        errors = {name: logits_error(got.logits[name], logits) for name, logits in wanted.logits.items()}
-        print(
-            scheme,
-            mesh,
-            errors,
-            [a.tokens == got.answers[k].tokens for k, a in wanted.answers.items()],
-            [len(set(a.tokens)) for a in wanted.answers.values()],
-        )
-        bar = ROUNDED if "w8a8" in scheme else EXACT
-        assert all(error <= bar for error in errors.values()), f"{scheme} on {mesh}: {errors}"
-        if bar == EXACT:
-            assert {key: answer.tokens for key, answer in got.answers.items()} == {
-                key: answer.tokens for key, answer in wanted.answers.items()
-            }
+def slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("scheme", ["packed int4", "w8a8 int8"])
-def test_quantized_experts(zoo: Zoo, scheme: str) -> None:
-    directory = write_quantized(zoo.path("mixtral").parent / f"quantized-experts-{scheme}", scheme, "mixtral")
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [
+        ("packed int8", "tensor=2"),
+        slow("packed int8", "tensor=4"),
+        slow("packed int4", "tensor=2"),
+        ("packed int4", "tensor=4"),
+        slow("packed int4", "pipe=2,tensor=2"),
+        slow("gptq zero points", "tensor=2"),
+        slow("gptq zero points", "tensor=4"),
+        slow("fp8 blocks", "tensor=2"),
+        ("fp8 blocks", "tensor=4"),
+        ("w8a8 int8", "tensor=2"),
+        slow("w8a8 int8", "tensor=4"),
+    ],
+)
+def test_quantized_weights(zoo: Zoo, scheme: str, mesh: str) -> None:
+    check_quantized(write_quantized(zoo.path("llama").parent / f"quantized-{scheme}", scheme), scheme, mesh)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [
+        ("packed int4", "expert=2,tensor=2"),
+        slow("packed int4", "tensor=2"),
+        slow("w8a8 int8", "expert=2,tensor=2"),
+        slow("fp8 blocks", "expert=4"),
+    ],
+)
+def test_quantized_experts(zoo: Zoo, scheme: str, mesh: str) -> None:
+    directory = zoo.path("mixtral").parent / f"quantized-experts-{scheme}"
+    check_quantized(write_quantized(directory, scheme, "mixtral"), scheme, mesh)
+
+
+def check_quantized(directory: Path, scheme: str, mesh: str) -> None:
     wanted = serve_once(directory, BASE, [requests()])
-    got = serve_once(directory, replace(BASE, mesh="expert=2,tensor=2"), [requests()])
+    got = serve_once(directory, replace(BASE, mesh=mesh), [requests()])
     errors = {name: logits_error(got.logits[name], logits) for name, logits in wanted.logits.items()}
-    print(scheme, errors)
-    bar = ROUNDED if "w8a8" in scheme else EXACT
-    assert all(error <= bar for error in errors.values()), errors
+    bar = ROUNDED if "w8a8" in scheme else LOGITS_BAR
+    assert all(error <= bar for error in errors.values()), f"{scheme} on {mesh}: {errors}"
+    tokens, wanted_tokens = ({key: answer.tokens for key, answer in run.answers.items()} for run in (got, wanted))
+    assert "w8a8" in scheme or tokens == wanted_tokens
 
 
 def test_groups_that_do_not_divide_are_named(zoo: Zoo) -> None:
-    directory = write_quantized(zoo.path("llama").parent / "quantized-gptq", "gptq")
+    directory = write_quantized(zoo.path("llama").parent / "quantized-packed int4", "packed int4")
     with pytest.raises(ConfigError, match=r"layers.0.attention.o.weight .* 4 groups of 32 inputs, which do not"):
         Engine(directory, replace(BASE, mesh="tensor=8"))
 
@@ -119,7 +149,7 @@ def test_groups_that_do_not_divide_are_named(zoo: Zoo) -> None:
 # ---- quantized K/V
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "context=2", "tensor=2,context=2,pipe=2"])
+@pytest.mark.parametrize("mesh", [slow("tensor=2"), "context=2", slow("tensor=2,context=2,pipe=2")])
 def test_int8_pages(zoo: Zoo, mesh: str) -> None:
     """A K/V row that differs in its last bit may round to the next step; no more than that differs."""
     path = zoo.path("llama_biased")
@@ -127,8 +157,7 @@ def test_int8_pages(zoo: Zoo, mesh: str) -> None:
     got = serve_once(path, replace(BASE, mesh=mesh, kv_dtype="int8"), [requests()])
     for name, logits in alone.logits.items():
         by_rounding = logits_error(logits, plain.logits[name])
-        print(name, mesh, by_rounding, logits_error(got.logits[name], logits))
-        assert logits_error(got.logits[name], logits) <= by_rounding
+        assert logits_error(got.logits[name], logits) <= by_rounding / 4
 
 
 # ---- pages over devices

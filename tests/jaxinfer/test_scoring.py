@@ -253,14 +253,14 @@ def test_a_listener_that_raises_ends_its_own_request(engine: Engine) -> None:
 def test_failed_calls_cost_time_only(alone: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every third reading of a call's scores or logits fails; positions are told once all the same."""
     engine = Engine(MODEL, BASE)
-    read, calls = engine._run_reader, iter(range(10**6))
+    read, calls = engine._runner.read, iter(range(10**6))
 
     def failing(name: str, *arguments: object) -> object:
         if next(calls) % 3 == 2:
             raise RuntimeError("the device said no")
         return read(name, *arguments)
 
-    monkeypatch.setattr(engine, "_run_reader", failing)
+    monkeypatch.setattr(engine._runner, "read", failing)
     blocks: list[tuple[int, np.ndarray]] = []
     listen = lambda first, logits: blocks.append((first, logits.copy()))
     requests = [Request(str(i), prompt, asking(5)) for i, prompt in enumerate(prompts())]
@@ -271,13 +271,13 @@ def test_failed_calls_cost_time_only(alone: dict, monkeypatch: pytest.MonkeyPatc
 
 
 def test_values_that_are_not_finite_end_the_request_that_has_them(engine: Engine, monkeypatch) -> None:
-    read = engine._run_reader
+    read = engine._runner.read
 
     def poisoned(name: str, *arguments: object) -> object:
         scores = read(name, *arguments)
         return scores._replace(logprobs=scores.logprobs.at[30].set(np.nan))
 
-    monkeypatch.setattr(engine, "_run_reader", poisoned)
+    monkeypatch.setattr(engine._runner, "read", poisoned)
     got = run(engine, [Request("bad", prompts()[3] * 2, asking(0)), Request("good", prompts()[1], asking(0))])
     assert got["bad"][-1].finish_reason is FinishReason.ERROR
     assert got["bad"][-1].error == "the model gave no finite log-probability to the prompt token at position 31"

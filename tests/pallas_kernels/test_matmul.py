@@ -46,14 +46,28 @@ def exact(x: jax.Array, weight: jax.Array) -> np.ndarray:
     return np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
 
 
+def served_rows(backend: str) -> tuple[int, ...]:
+    """Those of ROWS that the backend takes on this CPU: with matrix units or without bfloat16 dots, 32 at most."""
+    most = llvm_cpu._isa("dense").most_rows if backend == "llvm_cpu" else None
+    return tuple(rows for rows in ROWS if most is None or rows <= most)
+
+
 def leading_rows(backend: str, x: jax.Array, weight: jax.Array, out_dtype: str) -> list[np.ndarray]:
-    """The products of the first n rows of x for each n of ROWS, each a multiplication of its own."""
+    """The products of the first n rows of x for each n of `served_rows`, each a multiplication of its own."""
 
     @jax.jit
     def products(x: jax.Array, weight: jax.Array) -> list[jax.Array]:
-        return [matmul(x[:rows], weight, backend=backend, out_dtype=out_dtype) for rows in ROWS]
+        return [matmul(x[:rows], weight, backend=backend, out_dtype=out_dtype) for rows in served_rows(backend)]
 
     return [np.asarray(product) for product in products(x, weight)]
+
+
+@needs_native
+def test_more_rows_than_the_native_kernel_is_for_are_refused() -> None:
+    x, weight = operands(max(ROWS), 70, 13)
+    for rows in set(ROWS) - set(served_rows("llvm_cpu")):
+        with pytest.raises(BackendError, match=rf"{rows} rows are more than 32: .*what would work: auto, xla"):
+            matmul(x[:rows], weight, backend="llvm_cpu")
 
 
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
@@ -65,7 +79,7 @@ def leading_rows(backend: str, x: jax.Array, weight: jax.Array, out_dtype: str) 
 def test_agrees_with_float64(backend: str, shape: tuple[int, int], out_dtype: str) -> None:
     x, weight = operands(max(ROWS), *shape)
     wanted = exact(x, weight)
-    for rows, product in zip(ROWS, leading_rows(backend, x, weight, out_dtype), strict=True):
+    for rows, product in zip(served_rows(backend), leading_rows(backend, x, weight, out_dtype), strict=True):
         assert product.shape == (rows, shape[1]) and product.dtype == jnp.dtype(out_dtype)
         error = np.max(np.abs(product.astype(np.float64) - wanted[:rows]))
         assert error <= TOLERANCE[out_dtype] * np.max(np.abs(wanted)), f"{rows} rows"
@@ -86,7 +100,7 @@ def test_float32_agrees_with_float64(backend: str) -> None:
 def test_a_row_has_the_same_bits_whatever_the_number_of_rows(backend: str, dtype: str, shape: tuple[int, int]) -> None:
     x, weight = operands(max(ROWS), *shape, dtype)
     products = leading_rows(backend, x, weight, "float32")
-    for rows, product in zip(ROWS, products, strict=True):
+    for rows, product in zip(served_rows(backend), products, strict=True):
         np.testing.assert_array_equal(product, products[-1][:rows], err_msg=f"{rows} rows")
 
 

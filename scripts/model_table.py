@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from doc_tables import replaced, table
@@ -32,7 +33,7 @@ SAME_MODEL = {
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
 }
-ENGINE = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 128, "min_prefill_bucket": 128}
+ENGINE: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 128, "min_prefill_bucket": 128}
 
 
 @dataclass(frozen=True)

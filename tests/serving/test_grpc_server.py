@@ -486,7 +486,7 @@ async def test_a_taken_port_is_a_clear_error(fakes, serving):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
 async def test_only_loopback_addresses_are_bound(host):
-    with pytest.raises(ConfigError, match="loopback.*--insecure"):
+    with pytest.raises(ConfigError, match=r"loopback.*--insecure"):
         ServerConfig(host=host)
 
 

@@ -33,7 +33,12 @@ SAME_MODEL = {
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
 }
-ENGINE: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 128, "min_prefill_bucket": 128}
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 128,
+    "min_prefill_bucket": 128,
+}
 
 
 @dataclass(frozen=True)

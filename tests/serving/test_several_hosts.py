@@ -303,6 +303,7 @@ async def test_failing_the_engine_from_another_thread_tells_everybody_once(fakes
     await engine.until_ready()
     fake.go.clear()  # the engine hangs from here on
     stream = engine.submit(_request())
+    assert await asyncio.to_thread(fake.stepping.wait, 10)  # or it would answer the call first
     call = asyncio.create_task(engine.call(lambda e: e.info()))
     await asyncio.sleep(0)  # it waits by now
     error = HostLostError(1, 2, "node7", "its connection was closed: the process ended")

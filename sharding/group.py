@@ -244,9 +244,8 @@ class Group:
             self._lost = error = HostLostError(host_id, self.size, address, reason)
             callbacks = list(self._callbacks)
         self._lost_event.set()
-        for link in self._links if self.is_leader else ():
-            if link.host_id != host_id:
-                self._exchange.send(link, frame(Kind.LOST, encode_loss(host_id, address, reason)))
+        if self.is_leader:  # the lost one too, if it still hears: it was perhaps told to stop
+            self._exchange.broadcast(frame(Kind.LOST, encode_loss(host_id, address, reason)))
         self._inbox.put(None)
         self._verdicts.put(None)
         for callback in callbacks:

@@ -111,7 +111,7 @@ class Blueprint:
         assert mesh is not None
         slots: SlotState = jax.tree.map(lambda _: mesh.by_data, local.slots)
         counted: Any = mesh.sharding(mesh.names("data"), self.parallel.vocabulary.axes)
-        slots = replace(slots, counts=TokenCounts(counted, counted))
+        slots = replace(slots, counts=TokenCounts(counted))
         return DeviceState(jax.tree.map(lambda _: mesh.by_device, local.cache), slots)
 
     # ---- programs

@@ -46,6 +46,7 @@ from sharding.host_arrays import from_devices
 log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # after which the sequences of the failing call end with an error
+LOST_HOST_S = 2.0  # for a failed call to turn out to be a lost host
 
 
 Plans = tuple[Plan | None, ...]  # of one call: a plan per data shard
@@ -90,6 +91,7 @@ class Engine:
         self.max_model_len, self.num_pages = blueprint.max_model_len, blueprint.limits.num_pages
         if group is not None:
             check_spans_hosts(blueprint.mesh, group.size)
+            group.agree({"num_pages": self.num_pages, "max_model_len": self.max_model_len})
         if config.invariant:
             log.info("invariant=True: bits do not depend on the batch; benchmarks/invariance.py measures the cost")
         loaded = load_parameters(
@@ -99,6 +101,7 @@ class Engine:
             placed=blueprint.placed,
             progress=None if progress is None else lambda name, *_: progress(name),
         )
+        self._group = group
         self._runner = Runner(blueprint, tuple(jax.tree.leaves(loaded)), group)
         caches = [
             CacheManager(
@@ -229,7 +232,7 @@ class Engine:
         active = [plan for plan in plans if plan is not None]
         prefill_tokens = max(sum(chunk.length for chunk in plan.chunks) for plan in active)
         shape = self.programs.shape_for(max(plan.num_slots for plan in active), prefill_tokens)
-        self.programs.get(shape)  # compiled here, it does not count as the call's time
+        self._runner.prepare(shape)  # compiled here, it does not count as the call's time
         buffers = self._runner.pack(plans)
         dispatched_s = time.perf_counter()
         call = self._num_dispatched = self._num_dispatched + 1
@@ -295,7 +298,12 @@ class Engine:
             del self._sequences[sequence.request.request_id]
 
     def _recover(self, error: Exception, plans: Plans) -> None:
-        """The donated state is gone: allocate it anew and replay the running sequences from the host's tokens."""
+        """The donated state is gone: allocate it anew and replay the running sequences from the host's tokens.
+
+        HostLostError where the call failed because a host is gone: its part of the weights is.
+        """
+        if self._group is not None:
+            self._group.check(LOST_HOST_S)
         self._counters["failed"] += 1
         self._failures_in_a_row += 1
         log.error("device call failed (%d in a row), replaying: %s", self._failures_in_a_row, error)
@@ -320,7 +328,7 @@ class Engine:
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile the declared programs; from then on a compile is a counted, logged event."""
-        self.programs.warm_up(progress)
+        self._runner.warm_up(progress)
         gc.collect()
         gc.freeze()  # what lives now lives long; collections in the loop need not walk it (up to 20 ms each)
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxinfer.request import MAX_TOP_LOGPROBS
 from jaxinfer.truncation import group_sums, masked_weights
+from jaxinfer.vocabulary_passes import several_largest
 from pallas_kernels.reductions import in_lanes, row_sums
 from sharding.vocabulary import Vocabulary
 
@@ -38,11 +39,11 @@ def best_logprobs(
     """
     vocabulary = vocabulary or Vocabulary(logits.shape[1])
     num_top = min(MAX_TOP_LOGPROBS, vocabulary.size)
-    values, ids = lax.top_k(logits.astype(jnp.float32), min(num_top, logits.shape[1]))
+    values, ids = several_largest(logits, min(num_top, logits.shape[1]))
     if vocabulary.num_shards > 1:
         # Shard after shard, so ids ascend among equal values, and padding comes after all tokens.
         values, ids = (jnp.concatenate([*part], axis=1) for part in vocabulary.gather_candidates(values, ids))
-        values, at = lax.top_k(values, num_top)
+        values, at = several_largest(values, num_top)
         ids = jnp.take_along_axis(ids, at, axis=1)
     rest = ((0, 0), (0, MAX_TOP_LOGPROBS - num_top))
     return (

@@ -17,11 +17,13 @@ from jaxinfer.blueprint import Blueprint
 from jaxinfer.config import ConfigError, EngineConfig, default_compilation_cache
 from jaxinfer.program_shapes import Shape, slot_buckets
 
-__all__ = ["Programs", "Shape", "enable_compilation_cache", "slot_buckets"]
+__all__ = ["Program", "Programs", "Shape", "enable_compilation_cache", "slot_buckets"]
 
 MIN_MIXED_SLOTS = 16  # below that a prefill hardly notices its decode rows, and each program costs seconds to compile
 
 log = logging.getLogger(__name__)
+
+Program = Callable[..., Any]  # compiled
 
 
 class Programs:
@@ -32,7 +34,7 @@ class Programs:
         self._slots = slot_buckets(blueprint.limits.slots, 2 * blueprint.parallel.stages)
         self._mixed_slots = [n for n in self._slots if n >= MIN_MIXED_SLOTS] or self._slots[-1:]
         self._tokens = blueprint.config.prefill_buckets
-        self._compiled: dict[Shape, Callable[..., Any]] = {}
+        self._compiled: dict[Shape, Program] = {}
         self._lock = threading.Lock()
         self._warm = False
         self.compiles_after_warmup = 0
@@ -71,7 +73,11 @@ class Programs:
             list(pool.map(compile_one, shapes))
         self._warm = True
 
-    def get(self, shape: Shape) -> Callable[..., Any]:
+    def has(self, shape: Shape) -> bool:
+        """Whether `get` has it at once."""
+        return shape in self._compiled
+
+    def get(self, shape: Shape) -> Program:
         """The compiled program, compiled now where it is not there yet. A step's gives (DeviceState, Outcome)."""
         program = self._compiled.get(shape)
         if program is None:

@@ -6,7 +6,7 @@ Hides meshes, and that the arrays may be spread over processes: every process ma
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxinfer.batch import DeviceState
 from jaxinfer.blueprint import Blueprint
 from jaxinfer.outcome import Outcome
 from jaxinfer.plan import Plan
-from jaxinfer.programs import Programs, Shape
+from jaxinfer.programs import Program, Programs, Shape
 from sharding.control import Kind, Message
 from sharding.group import Group
 from sharding.host_arrays import to_devices
@@ -30,11 +30,29 @@ class Runner:
     def __init__(self, blueprint: Blueprint, parameters: tuple[jax.Array, ...], group: Group | None = None):
         """`group`: of hosts; the first one's runner tells the others' what it does, and theirs `obey`."""
         self.blueprint = blueprint
+        self._group = group
         self._followers = group if group is not None and group.is_leader else None
         self.parameters = parameters
         self.state: DeviceState = blueprint.empty_state()
         self.programs = Programs(blueprint)
         self._hidden: deque[tuple[int, jax.Array]] = deque(maxlen=KEPT_CALLS)  # by call: a mixed step's hidden rows
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compile the declared programs; over several hosts, return when all of them have."""
+        if self._group is None:
+            self.programs.warm_up(progress)
+        else:
+            self._group.together("warm-up", lambda: self.programs.warm_up(progress))
+
+    def prepare(self, shape: Shape) -> Program:
+        """The program of a shape; a new one is compiled on every host before any calls it.
+
+        Hosts compile at their own pace, and a collective does not wait for the slowest (gloo gives up after 30 s).
+        """
+        if self._followers is None or self.programs.has(shape):
+            return self.programs.get(shape)
+        message = Message(Kind.PREPARE, shape.num_slots, shape.prefill_tokens, shape.reader)
+        return self._followers.prepare(message, lambda: self.programs.get(shape))
 
     def pack(self, plans: Sequence[Plan | None]) -> list[np.ndarray]:
         """The buffers of a call for one plan per data shard: control, and admission where any plan has chunks."""
@@ -48,7 +66,7 @@ class Runner:
 
     def step(self, shape: Shape, buffers: Sequence[np.ndarray], call: int) -> Outcome:
         """Dispatch a step; `call` numbers it for `read`. Whatever it raises, the state is lost: `reset`."""
-        program = self.programs.get(shape)
+        program = self.prepare(shape)
         if self._followers is not None:
             sizes = shape.num_slots, shape.prefill_tokens
             self._followers.broadcast(Message(Kind.CALL, *sizes, call=call, buffers=tuple(buffers)))
@@ -64,15 +82,15 @@ class Runner:
         """Call a program of scoring.READERS on the hidden rows that the numbered mixed step left."""
         hidden = next(rows for number, rows in self._hidden if number == call)
         shape = Shape(0, hidden.shape[0] // self.blueprint.parallel.data, name)
-        mesh = self.blueprint.mesh
+        mesh, program = self.blueprint.mesh, self.prepare(shape)
         if self._followers is not None:
             told = tuple(np.asarray(value, np.int32) for value in arguments)
             self._followers.broadcast(Message(Kind.CALL, 0, shape.prefill_tokens, name, call, told))
         if mesh is None:
-            return self.programs.get(shape)(self.parameters, hidden, *arguments)
+            return program(self.parameters, hidden, *arguments)
         places = (mesh.by_data, mesh.everywhere) if name == "scores" else (mesh.everywhere,)
         placed = [to_devices(np.asarray(value), place) for value, place in zip(arguments, places, strict=True)]
-        return self.programs.get(shape)(self.parameters, hidden, *placed)
+        return program(self.parameters, hidden, *placed)
 
     def reset(self) -> None:
         """Allocate the device state anew, as a failed call deleted it."""
@@ -87,6 +105,8 @@ class Runner:
         if message.kind is Kind.RESET:
             self.reset()
             return None
+        if message.kind is Kind.PREPARE:
+            return self.programs.get(Shape(message.num_slots, message.prefill_tokens, message.reader))
         if message.reader:
             return self.read(message.reader, message.call, message.buffers)
         return self.step(Shape(message.num_slots, message.prefill_tokens), message.buffers, message.call).main

@@ -19,7 +19,8 @@ from jax import lax
 
 from jaxinfer.logprobs import best_logprobs, log_normalizers
 from jaxinfer.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
-from jaxinfer.truncation import group_width, masked_weights, top_k_threshold, top_p_threshold, vocabulary_group_sums
+from jaxinfer.truncation import masked_weights, top_k_threshold, top_p_threshold, vocabulary_group_sums
+from jaxinfer.vocabulary_passes import group_width, largest
 from sharding.vocabulary import UNUSED_ID, Vocabulary
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -54,10 +55,27 @@ class SamplingArrays:
 @partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class TokenCounts:
-    """Which tokens a slot's sequence holds, for the penalties. Rows of slots without penalties may be stale."""
+    """Which tokens a slot's sequence holds, for the penalties. Rows of slots without penalties may be stale.
 
-    in_prompt: jax.Array  # bool[slots, columns]
-    in_output: jax.Array  # i32[slots, columns]; times generated
+    One table, because XLA:TPU takes seconds to compile what reads arrays of 8 and of 32 bits side by side.
+    """
+
+    table: jax.Array  # i32[slots, columns]; twice the times generated, and 1 more where it is in the prompt
+
+    @classmethod
+    def of(cls, in_prompt: jax.Array, in_output: jax.Array) -> TokenCounts:
+        """in_prompt bool[slots, columns]; in_output i32[slots, columns], times generated."""
+        return cls(2 * in_output + in_prompt)
+
+    @property
+    def in_prompt(self) -> jax.Array:
+        """bool[slots, columns]."""
+        return self.table & 1 != 0
+
+    @property
+    def in_output(self) -> jax.Array:
+        """i32[slots, columns]; times generated."""
+        return self.table >> 1
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -131,17 +149,17 @@ def uses_penalties(params: SamplingParams) -> bool:
 
 def empty_counts(num_slots: int, num_columns: int) -> TokenCounts:
     """Counts for `num_slots` slots that hold nothing; `num_columns` of the vocabulary are on this device."""
-    return TokenCounts(jnp.zeros((num_slots, num_columns), bool), jnp.zeros((num_slots, num_columns), jnp.int32))
+    return TokenCounts(jnp.zeros((num_slots, num_columns), jnp.int32))
 
 
 def update_counts(
     counts: TokenCounts, tokens: jax.Array, active: jax.Array, vocabulary: Vocabulary | None = None
 ) -> TokenCounts:
     """Count the generated tokens i32[slots] of the slots that are active bool[slots]. In place when donated."""
-    vocabulary = vocabulary or Vocabulary(counts.in_output.shape[1])
+    vocabulary = vocabulary or Vocabulary(counts.table.shape[1])
     ids = jnp.where(active & (tokens >= 0), tokens, UNUSED_ID)
     rows = jnp.arange(tokens.shape[0])
-    return TokenCounts(counts.in_prompt, counts.in_output.at[rows, vocabulary.columns(ids)].add(1, mode="drop"))
+    return TokenCounts(counts.table.at[rows, vocabulary.columns(ids)].add(2, mode="drop"))
 
 
 def reset_counts(
@@ -158,22 +176,19 @@ def reset_counts(
     history i32[rows, max_len] holds num_tokens i32[rows] tokens; the first num_prompt i32[rows] are the prompt.
     Time grows with the longest history counted, not with max_len.
     """
-    num_slots, num_columns = counts.in_output.shape
+    num_slots, num_columns = counts.table.shape
     columns = (vocabulary or Vocabulary(num_columns)).columns
     valid = (slots >= 0) & (slots < num_slots)
     targets = jnp.where(valid, slots, UNUSED_ID)
     rows, max_len = history.shape
     chunk = min(256, max_len)
 
-    def clear(row: jax.Array, counts: TokenCounts) -> TokenCounts:
-        def clear_row(table: jax.Array) -> jax.Array:
-            start = (jnp.clip(slots[row], 0, num_slots - 1), 0)
-            old = lax.dynamic_slice(table, start, (1, table.shape[1]))
-            return lax.dynamic_update_slice(table, jnp.where(valid[row], jnp.zeros_like(old), old), start)
+    def clear(row: jax.Array, table: jax.Array) -> jax.Array:
+        start = (jnp.clip(slots[row], 0, num_slots - 1), 0)
+        old = lax.dynamic_slice(table, start, (1, num_columns))
+        return lax.dynamic_update_slice(table, jnp.where(valid[row], 0, old), start)
 
-        return jax.tree.map(clear_row, counts)
-
-    def count(index: jax.Array, counts: TokenCounts) -> TokenCounts:
+    def count(index: jax.Array, table: jax.Array) -> jax.Array:
         start = jnp.minimum(index * chunk, max_len - chunk)  # the last chunk overlaps the one before
         ids = lax.dynamic_slice(history, (0, start), (rows, chunk))
         position = start + jnp.arange(chunk)[None]
@@ -181,14 +196,12 @@ def reset_counts(
         in_prompt = position < num_prompt[:, None]
         prompt_ids = jnp.where(fresh & in_prompt, ids, UNUSED_ID)
         output_ids = jnp.where(fresh & ~in_prompt, ids, UNUSED_ID)
-        return TokenCounts(
-            counts.in_prompt.at[targets[:, None], columns(prompt_ids)].set(True, mode="drop"),
-            counts.in_output.at[targets[:, None], columns(output_ids)].add(1, mode="drop"),
-        )
+        table = table.at[targets[:, None], columns(prompt_ids)].set(1, mode="drop")  # nothing was generated before
+        return table.at[targets[:, None], columns(output_ids)].add(2, mode="drop")
 
-    counts = lax.fori_loop(0, jnp.where(jnp.any(valid), rows, 0), clear, counts)
+    table = lax.fori_loop(0, jnp.where(jnp.any(valid), rows, 0), clear, counts.table)
     longest = jnp.max(jnp.where(valid, num_tokens, 0))
-    return lax.fori_loop(0, -(-longest // chunk), count, counts)
+    return TokenCounts(lax.fori_loop(0, -(-longest // chunk), count, table))
 
 
 def sample(
@@ -265,20 +278,19 @@ def _hold_stops(vocabulary: Vocabulary, _: jax.Array, x: jax.Array, stop_ids: ja
 
 def _penalize(_: jax.Array, x: jax.Array, arrays: SamplingArrays, counts: TokenCounts) -> jax.Array:
     """Repetition penalty over prompt and output (CTRL, Keskar et al. 2019), then frequency and presence over output."""
-    in_prompt, in_output = counts.in_prompt[: x.shape[0]], counts.in_output[: x.shape[0]]
-    generated = in_output > 0
+    seen = TokenCounts(counts.table[: x.shape[0]])
     repetition = arrays.repetition_penalty[:, None]
     repeated = jnp.where(x > 0, x / repetition, x * repetition)
-    x = jnp.where(generated | in_prompt, repeated, x)
-    x = x - arrays.frequency_penalty[:, None] * in_output.astype(jnp.float32)
-    return x - jnp.where(generated, arrays.presence_penalty[:, None], 0)
+    x = jnp.where(seen.table > 0, repeated, x)
+    x = x - arrays.frequency_penalty[:, None] * seen.in_output.astype(jnp.float32)
+    return x - jnp.where(seen.in_output > 0, arrays.presence_penalty[:, None], 0)
 
 
 def _choose(
     x: jax.Array, arrays: SamplingArrays, positions: jax.Array, active: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array]:
     """x [slots, local] with masks, bias and penalties applied -> tokens i32[slots], bad bool[slots]."""
-    best, tokens, has_nan = _argmax(x)
+    best, tokens, has_nan = largest(x)
     if vocabulary.num_shards > 1:
         best, tokens, has_nan = _agree(best, tokens, has_nan, vocabulary)
     bad = has_nan | ~jnp.isfinite(best)
@@ -291,30 +303,10 @@ def _choose(
     return jnp.minimum(tokens, vocabulary.size - 1), bad
 
 
-def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest value f32[slots] of x [slots, n], its lowest index i32[slots], and bool[slots]: holds a NaN.
-
-    Two plain passes: on XLA:CPU they take a tenth of jnp.argmax, whose pair of accumulators does not vectorize.
-    NaN is looked for, for a vectorized maximum may drop it.
-    """
-    vocab, width = x.shape[1], group_width(x.shape[1])
-    best = jnp.max(x, axis=1)
-    index = jnp.full((x.shape[0], width), vocab, jnp.int32)
-    strange = jnp.zeros((x.shape[0], width), bool)
-    lane = jnp.arange(width, dtype=jnp.int32)[None]
-    for start in range(0, vocab, width):
-        part = x[:, start : start + width]
-        found = jnp.where(part == best[:, None], start + lane[:, : part.shape[1]], vocab)
-        rest = ((0, 0), (0, width - part.shape[1]))
-        index = jnp.minimum(index, jnp.pad(found, rest, constant_values=vocab))
-        strange |= jnp.pad(part != part, rest)
-    return best.astype(jnp.float32), jnp.min(index, axis=1), jnp.any(strange, axis=1)
-
-
 def _agree(
     best: jax.Array, column: jax.Array, has_nan: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """_argmax() of this device's columns -> that of the vocabulary: the one collective of choosing greedily."""
+    """largest() of this device's columns -> that of the vocabulary: the one collective of choosing greedily."""
     values, ids = vocabulary.gather_candidates(jnp.where(has_nan, jnp.nan, best), column)
     best = jnp.max(values, axis=0)
     return best, jnp.min(jnp.where(values == best, ids, UNUSED_ID), axis=0), jnp.any(jnp.isnan(values), axis=0)
@@ -368,8 +360,10 @@ def _invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     uniform x total; never one of weight 0, whatever the rounding."""
     sums = jnp.cumsum(weights, axis=1)
     hit = (sums > (uniform * sums[:, -1])[:, None]) & (weights > 0)
-    last = weights.shape[1] - 1 - jnp.argmax((weights > 0)[:, ::-1], axis=1)
-    return jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last).astype(jnp.int32)
+    index = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+    first = jnp.min(jnp.where(hit, index, UNUSED_ID), axis=1)
+    last = jnp.max(jnp.where(weights > 0, index, 0), axis=1)
+    return jnp.where(first == UNUSED_ID, last, first)
 
 
 def _logprobs(

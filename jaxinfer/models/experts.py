@@ -6,6 +6,9 @@ token; a token's result is added up in the order of its experts' weights, whoeve
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +17,7 @@ from jaxinfer.config import ExpertsSpec, ModelConfig
 from jaxinfer.models.layers import Build, Linear, gated, in_order, matrix, parameter
 from pallas_kernels.grouped_matmul import backend_for, grouped_matmul
 from pallas_kernels.reductions import row_sums, softmax
+from sharding.shards import Shards
 
 
 def route(scores: jax.Array, spec: ExpertsSpec) -> tuple[jax.Array, jax.Array]:
@@ -64,14 +68,14 @@ class ExpertMLPs(nnx.Module):
 
         def linear(rows: jax.Array, name: str) -> jax.Array:
             weight = getattr(self, name).get_value()
-            product = grouped_matmul(
+            product = _traced_product(
                 rows,
                 weight,
                 sizes,
                 backend=self.backend,
                 invariant=self.invariant,
-                out_dtype=jnp.float32,
-                largest=(lambda highest: shards.max(highest, "expert_ffn")) if name == "down" else None,
+                shards=shards,
+                in_axis="expert_ffn" if name == "down" else None,
             )
             return product + self._bias(name, expert, here) if self.bias else product
 
@@ -89,6 +93,15 @@ class ExpertMLPs(nnx.Module):
             bias = self.shards.once(bias, "expert_ffn")
         rows = bias[jnp.minimum(expert, here - 1)]
         return rows if here == self.num_experts else jnp.where((expert < here)[:, None], rows, 0)
+
+
+# Traced once for all layers that are alike, as `layers.Linear` does.
+@partial(jax.jit, inline=True, static_argnames=("shards", "in_axis", "backend", "invariant"))
+def _traced_product(
+    rows: jax.Array, weight: Any, sizes: jax.Array, *, shards: Shards, in_axis: str | None, **options: Any
+) -> jax.Array:
+    largest = None if in_axis is None else lambda highest: shards.max(highest, in_axis)
+    return grouped_matmul(rows, weight, sizes, out_dtype=jnp.float32, largest=largest, **options)
 
 
 class Experts(nnx.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -97,15 +98,22 @@ class Linear(nnx.Module):
 
     def _product(self, x: jax.Array) -> jax.Array:
         """Of this device's inputs, or outputs."""
-        axis, shards = self.in_axis, self.shards
-        return matmul(
+        return _traced_product(
             x,
             self.weight.get_value(),
             backend=self.backend,
             invariant=self.invariant,
             out_dtype=jnp.float32 if self.has_bias else None,
-            largest=(lambda highest: shards.max(highest, axis)) if shards.names(axis) else None,
+            shards=self.shards,
+            in_axis=self.in_axis,
         )
+
+
+# Traced once for all layers that are alike, as attention is (`forward`): a quantized product is a kernel.
+@partial(jax.jit, inline=True, static_argnames=("backend", "invariant", "out_dtype", "shards", "in_axis"))
+def _traced_product(x: jax.Array, weight: Any, *, shards: Shards, in_axis: str, **options: Any) -> jax.Array:
+    largest = (lambda highest: shards.max(highest, in_axis)) if shards.names(in_axis) else None
+    return matmul(x, weight, largest=largest, **options)
 
 
 class Norm(nnx.Module):

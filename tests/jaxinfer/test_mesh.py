@@ -142,7 +142,7 @@ def test_long_steps_go_round_rings(zoo: Zoo) -> None:
     assert_equal(got, serve_once(zoo.path("llama"), replace(BASE, **long), [wave]), "tensor=4 in rings")
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "data=2"])
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", pytest.param("pipe=2", marks=pytest.mark.slow)])
 def test_a_failed_call_costs_time_not_requests(zoo: Zoo, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(zoo.path("llama"), zoo.tight("llama", mesh))
     runner, calls = engine._runner, itertools.count()
@@ -162,10 +162,11 @@ def test_a_failed_call_costs_time_not_requests(zoo: Zoo, mesh: str, monkeypatch:
     engine.close()
 
 
-@pytest.mark.parametrize("name", ["llama_biased", "mixtral"])
-def test_bfloat16(zoo: Zoo, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("llama", "tensor=4"), pytest.param("mixtral", "expert=2,tensor=2", marks=pytest.mark.slow)]
+)
+def test_bfloat16(zoo: Zoo, name: str, mesh: str) -> None:
     """Rounded before sums as well as after: as far from float32 as one device's bfloat16 is, about."""
-    mesh = "expert=2,tensor=2" if name == "mixtral" else "tensor=4"
     exact = zoo.alone(name).logits
     alone, split = (
         serve_once(zoo.path(name), replace(BASE, dtype="bfloat16", mesh=sizes), greedy_waves()[:1])

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
-from mesh_runs import BASE, GREEDY, Run, Waves, Zoo, assert_equal, greedy_waves, random_tokens, serve_once
+from mesh_runs import BASE, GREEDY, LOGPROB_BAR, Run, Waves, Zoo, assert_equal, random_tokens, serve_once
 
 from jaxinfer.request import FinishReason, Request, SamplingParams
 
@@ -33,7 +34,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 @cache
 def waves() -> Waves:
-    """Each setting with a prompt of its own; then, once the model's habits are known, one that stops."""
+    """Each setting with a prompt of its own, all at once."""
     rng = np.random.default_rng(1)
     return [[Request(name, random_tokens(rng, 9 + 4 * i), params) for i, (name, params) in enumerate(SETTINGS.items())]]
 
@@ -49,41 +50,34 @@ def alone(zoo: Zoo) -> Run:
     return run
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "data=2", "tensor=2,context=2,pipe=2"])
+def slow(*meshes: str) -> list[Any]:
+    return [pytest.param(mesh, marks=pytest.mark.slow) for mesh in meshes]
+
+
+MORE = slow("tensor=4", "tensor=8", "data=2,tensor=2", "pipe=2", "context=2", "data=2,context=2,pipe=2")
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2", "tensor=2,context=2,pipe=2", *MORE])
 def test_every_setting(zoo: Zoo, alone: Run, mesh: str) -> None:
-    run = serve_once(zoo.path("llama"), zoo.tight("llama", mesh), waves())
+    """And a token of the answer without stops as one: the answer up to there."""
+    plain = alone.answers["plain", 0].tokens
+    stops = Request("stops", waves()[0][0].prompt_token_ids, replace(SEEDED, stop_token_ids=(plain[9],)))
+    run = serve_once(zoo.path("llama"), zoo.tight("llama", mesh), [*waves(), [stops]])
+    stopped = run.answers.pop(("stops", 0))
+    assert stopped.tokens == plain[: plain.index(plain[9]) + 1] and stopped.reason is FinishReason.STOP
     assert_equal(run, alone, mesh)
     for key, answer in alone.answers.items():
         for ours, theirs in zip(run.answers[key].logprobs, answer.logprobs, strict=True):
-            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
-            np.testing.assert_allclose([p for _, p in ours.top], [p for _, p in theirs.top], atol=1e-4)
-    for ours, theirs in zip(run.prompt_logprobs["prompt"], alone.prompt_logprobs["prompt"], strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            assert ours.rank == theirs.rank and [token for token, _ in ours.top] == [token for token, _ in theirs.top]
-            assert abs(ours.logprob - theirs.logprob) <= 1e-4
-
-
-@pytest.mark.parametrize("mesh", ["tensor=2", "data=2"])
-def test_stop_ids(zoo: Zoo, alone: Run, mesh: str) -> None:
-    """A token of the answer without stops, as one: the answer up to there."""
-    plain = alone.answers["plain", 0].tokens
-    stop = plain[9]
-    request = Request("stops", waves()[0][0].prompt_token_ids, replace(SEEDED, stop_token_ids=(stop,)))
-    answer = serve_once(zoo.path("llama"), replace(zoo.tight("llama", mesh)), [[request]]).answers["stops", 0]
-    assert answer.tokens == plain[: plain.index(stop) + 1] and answer.reason is FinishReason.STOP
+            np.testing.assert_allclose([p for _, p in ours.top], [p for _, p in theirs.top], atol=LOGPROB_BAR)
+    for mine, other in zip(run.prompt_logprobs["prompt"], alone.prompt_logprobs["prompt"], strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None and other is not None:
+            assert mine.rank == other.rank and [token for token, _ in mine.top] == [token for token, _ in other.top]
+            assert abs(mine.logprob - other.logprob) <= LOGPROB_BAR
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh", ["tensor=4", "tensor=8", "data=2,tensor=2", "pipe=2", "context=2", "data=2,context=2,pipe=2"]
-)
-def test_every_setting_on_further_meshes(zoo: Zoo, alone: Run, mesh: str) -> None:
-    assert_equal(serve_once(zoo.path("llama"), zoo.tight("llama", mesh), waves()), alone, mesh)
-
-
-def test_greedy_requests_through_the_whole_sampler(zoo: Zoo) -> None:
+@pytest.mark.parametrize("mesh", ["tensor=4", "tensor=2,context=2,pipe=2"])
+def test_greedy_requests_through_the_whole_sampler(zoo: Zoo, mesh: str) -> None:
     """test_mesh.py leaves it out: the same tokens with it."""
-    waves = greedy_waves()
-    run = serve_once(zoo.path("llama"), zoo.tight("llama", "tensor=2"), waves)
-    assert_equal(run, zoo.alone("llama"), "tensor=2")
+    zoo.check("llama", mesh)

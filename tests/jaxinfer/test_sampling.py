@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxinfer import vocabulary_passes
 from jaxinfer.request import MAX_TOP_LOGPROBS, SamplingParams
 from jaxinfer.sampling import (
     SampleResult,
@@ -25,7 +26,8 @@ from jaxinfer.sampling import (
     update_counts,
     uses_penalties,
 )
-from jaxinfer.truncation import group_width, top_k_threshold, top_p_threshold
+from jaxinfer.truncation import top_k_threshold, top_p_threshold
+from jaxinfer.vocabulary_passes import group_width
 from sharding.vocabulary import Vocabulary
 
 VOCAB = 300
@@ -143,7 +145,7 @@ def run_exactly(rows: list[Row], dtype: str = "float32") -> SampleResult:
     result = run_jitted(
         jnp.asarray(np.stack([row.logits for row in rows]), dtype),
         unpack_rows(jnp.asarray(np.stack([pack_row(row.params, row.seed) for row in rows]))),
-        TokenCounts(jnp.asarray(in_prompt), jnp.asarray(in_output)),
+        TokenCounts.of(jnp.asarray(in_prompt), jnp.asarray(in_output)),
         jnp.asarray(np.stack([allowed_words(row.params, vocab) for row in rows])),
         jnp.asarray(stop_ids),
         jnp.asarray([row.position for row in rows], jnp.int32),
@@ -530,7 +532,7 @@ def test_counts_reset_and_update(max_len: int) -> None:
     history = rng.integers(0, vocab, (4, max_len)).astype(np.int32)
     num_tokens = np.array([max_len, max_len // 2, 3, max_len])
     num_prompt = np.array([max_len // 3, max_len // 2, 1, 2])
-    dirty = TokenCounts(jnp.ones((5, vocab), bool), jnp.full((5, vocab), 9))
+    dirty = TokenCounts.of(jnp.ones((5, vocab), bool), jnp.full((5, vocab), 9))
     slots = np.array([3, 0, 1, 99])  # the last row is padding
     counts = jax.jit(reset_counts)(dirty, slots, history, num_prompt, num_tokens)
     tokens, active = np.array([1, 2, 3, 4, 5]), np.array([True, True, False, True, True])
@@ -551,3 +553,22 @@ def test_resetting_only_padding_changes_nothing() -> None:
         counts, np.array([2, -1]), np.zeros((2, 8), np.int32), np.array([4, 4]), np.array([8, 8])
     )
     assert (same.in_output == counts.in_output).all() and (same.in_prompt == counts.in_prompt).all()
+
+
+def test_a_sampled_row_is_the_same_in_either_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at once, over a vocabulary of several slices and a rest."""
+    settings = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
+    asked = params(**settings, frequency_penalty=0.2, logprobs=True, top_logprobs=20, logit_bias={5: 2.0})
+    rows = [
+        Row(random_logits(seed, vocab=5000), asked, seed=seed, in_prompt=(1, 2, 3), in_output=(3, 4, 4))
+        for seed in range(16)
+    ]
+    rows[3] = dataclasses.replace(rows[3], logits=np.round(rows[3].logits))  # ties
+    results = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(vocabulary_passes, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        run_jitted.clear_cache()
+        results.append(run_exactly(rows))
+    run_jitted.clear_cache()
+    for ours, theirs in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -53,7 +53,7 @@ class Batch:
             unpack_rows(
                 jnp.asarray(np.stack([pack_row(p, int(s)) for p, s in zip(self.params, self.seeds, strict=True)]))
             ),
-            TokenCounts(jnp.asarray(pad(self.in_prompt, False)), jnp.asarray(pad(self.in_output, 0))),
+            TokenCounts.of(jnp.asarray(pad(self.in_prompt, False)), jnp.asarray(pad(self.in_output, 0))),
             jnp.asarray(np.stack([allowed_words(p, vocab) for p in self.params])),
             jnp.asarray(self.stop_ids, jnp.int32),
             jnp.asarray(self.positions, jnp.int32),

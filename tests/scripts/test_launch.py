@@ -38,7 +38,8 @@ TOOLS = [
 FAKES = ("gcloud", "docker", "sbatch", "srun", "scontrol", "kubectl", "tar", "jaxinfer", "setup.sh")
 # Writes down its name and arguments; stands in for the answers that the scripts wait for.
 FAKE = """#!/bin/sh
-{ printf '%s\\037' "$(basename "$0")" "$@"; printf '\\036'; } >>"$LOG"
+call=$(printf '%s\\037' "$(basename "$0")" "$@")
+printf '%s\\036' "$call" >>"$LOG"  # at once: calls run side by side
 case "$(basename "$0") $*" in
   sbatch* | kubectl*" -f -") cat >"$LOG.stdin" ;;
   kubectl*" get crd "*) exit "${CRD_STATUS:-0}" ;;

@@ -77,7 +77,7 @@ def several_largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         value, index, values, indices = found
         left = (x < value[:, None]) | ((x == value[:, None]) & (ids > index[:, None]))
         value = jnp.max(jnp.where(left, x, -jnp.inf), axis=1)
-        index = _first(left & (x == value[:, None]))
+        index = jnp.minimum(_first(left & (x == value[:, None])), x.shape[1] - 1)  # where nothing but NaN is left
         return value, index, values.at[:, turn].set(value), indices.at[:, turn].set(index)
 
     rows = x.shape[0]

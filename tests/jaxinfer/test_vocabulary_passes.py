@@ -81,3 +81,10 @@ def test_several_largest(layout: bool, columns: int) -> None:
     expected = np.argsort(-x, axis=1, kind="stable")[:, :count]
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=1))
+
+
+def test_indices_stay_inside_rows_of_nan(layout: bool) -> None:
+    x = np.full((2, 30), np.nan, np.float32)
+    x[1, 7] = 1.0
+    _, indices = jax.jit(several_largest, static_argnums=1)(x, 5)
+    assert (np.asarray(indices) >= 0).all() and (np.asarray(indices) < 30).all()

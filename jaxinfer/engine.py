@@ -46,7 +46,6 @@ from sharding.host_arrays import from_devices
 log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # after which the sequences of the failing call end with an error
-LOST_HOST_S = 2.0  # for a failed call to turn out to be a lost host
 
 
 Plans = tuple[Plan | None, ...]  # of one call: a plan per data shard
@@ -91,7 +90,8 @@ class Engine:
         self.max_model_len, self.num_pages = blueprint.max_model_len, blueprint.limits.num_pages
         if group is not None:
             check_spans_hosts(blueprint.mesh, group.size)
-            group.agree({"num_pages": self.num_pages, "max_model_len": self.max_model_len})
+            limits = {"num_pages": self.num_pages, "max_model_len": self.max_model_len}
+            group.agree(limits, "kv_memory_bytes and max_model_len set them")
         if config.invariant:
             log.info("invariant=True: bits do not depend on the batch; benchmarks/invariance.py measures the cost")
         loaded = load_parameters(
@@ -303,7 +303,7 @@ class Engine:
         HostLostError where the call failed because a host is gone: its part of the weights is.
         """
         if self._group is not None:
-            self._group.check(LOST_HOST_S)
+            self._group.check_after(error)
         self._counters["failed"] += 1
         self._failures_in_a_row += 1
         log.error("device call failed (%d in a row), replaying: %s", self._failures_in_a_row, error)

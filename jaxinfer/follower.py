@@ -97,7 +97,10 @@ class Follower:
 
     def _do(self, message: Message) -> None:
         if message.kind is Kind.PREPARE:
-            self._group.prepare(message, lambda: self._engine.follow(message))
+            try:
+                self._group.prepare(message, lambda: self._engine.follow(message))
+            finally:  # compiling took its time, and host 0 was busy with it too
+                self._deadline_s = time.monotonic() + RESET_WAIT_S
             return
         if message.kind is Kind.RESET:
             self._in_flight.clear()  # of a state that is gone

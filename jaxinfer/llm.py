@@ -92,7 +92,7 @@ class LLM:
         """Load `model` (a Hugging Face directory; None: the shipped model) and compile.
 
         `engine_options` are fields of EngineConfig. `warm_up=False` compiles each program when it is first needed.
-        `group`: the hosts that run one engine together; this is the first of them.
+        `group`: the hosts that run one engine together; this is the first of them, and the others warm up if it does.
         Raises ConfigError or CheckpointError.
         """
         config = EngineConfig(**engine_options)

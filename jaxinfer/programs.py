@@ -73,10 +73,6 @@ class Programs:
             list(pool.map(compile_one, shapes))
         self._warm = True
 
-    def has(self, shape: Shape) -> bool:
-        """Whether `get` has it at once."""
-        return shape in self._compiled
-
     def get(self, shape: Shape) -> Program:
         """The compiled program, compiled now where it is not there yet. A step's gives (DeviceState, Outcome)."""
         program = self._compiled.get(shape)

@@ -35,6 +35,7 @@ class Runner:
         self.parameters = parameters
         self.state: DeviceState = blueprint.empty_state()
         self.programs = Programs(blueprint)
+        self._everywhere: set[Shape] = set()  # programs that every host has
         self._hidden: deque[tuple[int, jax.Array]] = deque(maxlen=KEPT_CALLS)  # by call: a mixed step's hidden rows
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
@@ -43,16 +44,18 @@ class Runner:
             self.programs.warm_up(progress)
         else:
             self._group.together("warm-up", lambda: self.programs.warm_up(progress))
+            self._everywhere.update(self.programs.declared())
 
     def prepare(self, shape: Shape) -> Program:
         """The program of a shape; a new one is compiled on every host before any calls it.
 
         Hosts compile at their own pace, and a collective does not wait for the slowest (gloo gives up after 30 s).
         """
-        if self._followers is None or self.programs.has(shape):
-            return self.programs.get(shape)
-        message = Message(Kind.PREPARE, shape.num_slots, shape.prefill_tokens, shape.reader)
-        return self._followers.prepare(message, lambda: self.programs.get(shape))
+        if self._followers is not None and shape not in self._everywhere:
+            message = Message(Kind.PREPARE, shape.num_slots, shape.prefill_tokens, shape.reader)
+            self._followers.prepare(message, lambda: self.programs.get(shape))
+            self._everywhere.add(shape)
+        return self.programs.get(shape)
 
     def pack(self, plans: Sequence[Plan | None]) -> list[np.ndarray]:
         """The buffers of a call for one plan per data shard: control, and admission where any plan has chunks."""

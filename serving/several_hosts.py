@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from jaxinfer.config import EngineConfig, flag_fields
 from serving.flags import config_from
 from sharding.control import HostLostError
-from sharding.hosts import HostsConfig, Place
+from sharding.hosts import HostsConfig, HostsError, Place
 
 if TYPE_CHECKING:
     from sharding.group import Group
 
 END_S = 12.0  # for host 0's clients to hear that a host was lost; then the process ends
-VERDICT_S = 2.0  # for a failed command to turn out to be a lost host
+SAY_S = 5.0  # for host 0 to say why it ends, where hosts disagreed
 STOP_S = 8.0  # for a follower to end after STOP; then it is left to its device call
 LAST_WORD_S = 0.5  # jax's service prints a stack trace when host 0 dies: ours shall be the last line
 
@@ -156,7 +156,7 @@ class Team:
             code = joined()
         except BaseException as error:
             if self._group is not None and isinstance(error, Exception):
-                self._group.check(VERDICT_S)  # a device call fails before its peer is seen to be gone
+                self._group.check_after(error)
             self._fail(error)
             raise
         self.close()
@@ -199,6 +199,9 @@ class Team:
         worker.start()
         threading.Thread(target=self._end_after_stop, args=(ends,), daemon=True).start()
         end = ends.get()
+        if isinstance(end, HostsError) and self._group is not None:  # host 0 knows, and may know better: it goes first
+            with contextlib.suppress(queue.Empty):
+                end = ends.get(timeout=SAY_S)
         if isinstance(end, HostLostError):
             if end.host_id == 0:
                 time.sleep(LAST_WORD_S)

@@ -33,8 +33,10 @@ from sharding.links import Exchange, Link
 
 log = logging.getLogger(__name__)
 
+LOST_S = 2.0  # for a failed device call to turn out to be a lost host
 CLOSE_S = 10.0  # for followers to end after STOP
 MAX_WAITING_BYTES = 1 << 30  # of calls that this host has not begun yet
+SAME_EVERYWHERE = "all hosts need the same options, model and versions"
 OnLost = Callable[[HostLostError], None]
 
 
@@ -80,15 +82,20 @@ class Group:
         """Set at the orderly end: on a follower when host 0 said so."""
         return self._stopped
 
-    def check(self, wait_s: float = 0.0) -> None:
-        """Raise HostLostError if a host is lost, or is within `wait_s` seconds.
-
-        A device call that failed because a peer died fails a moment before the peer's connection is seen to close.
-        """
-        if wait_s > 0:
-            self._lost_event.wait(wait_s)
+    def check(self) -> None:
+        """Raise HostLostError if a host is lost."""
         if self._lost is not None:
             raise self._lost
+
+    def check_after(self, error: Exception) -> None:
+        """Raise HostLostError if `error` may come of a lost host.
+
+        A device call that failed because a peer died fails a moment before the peer's connection is seen to close. With
+        HostsError all hosts have just answered.
+        """
+        if not isinstance(error, HostsError):
+            self._lost_event.wait(LOST_S)
+        self.check()
 
     def on_lost(self, callback: OnLost) -> None:
         """Call `callback(error)` once, in a thread of its own, when a host is lost; now, if one is."""
@@ -103,10 +110,10 @@ class Group:
         self._failed = True
         self._exchange.broadcast(frame(Kind.LOST, encode_loss(self.rank, self.describe(self.rank), reason)))
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, facts: Mapping[str, Any], advice: str = SAME_EVERYWHERE) -> None:
         """Return when every host has said the same `facts` (JSON); HostsError names who says what else, everywhere.
 
-        Every host calls it, in the same order. HostLostError when one goes away instead.
+        Every host calls it, in the same order; `advice` ends the message. HostLostError when one goes away instead.
         """
         said = json.dumps(facts, sort_keys=True)
         if len(said.encode()) > MAX_FACTS_BYTES:
@@ -118,6 +125,7 @@ class Group:
             own = json.loads(said)
             answers = dict(self._next_verdict() for _ in self._links)
             error = next((text for i in sorted(answers) if (text := self._difference(i, answers[i], own))), "")
+            error += f"; {advice}" if error and advice else ""
             self._exchange.broadcast(frame(Kind.AGREE, clip(json.dumps(error[: MAX_TEXT_BYTES // 8]))))
         if error:
             raise HostsError(str(error))
@@ -130,10 +138,12 @@ class Group:
         try:
             result = work()
         except Exception as error:
+            text = f"failed: {type(error).__name__}: {error}"[:1000]
+            log.error("%s %s", what, text)  # the other hosts may take long to answer
             with contextlib.suppress(HostsError):  # that hosts differ is no news then
-                self.agree({what: f"failed: {type(error).__name__}: {error}"[:1000]})
+                self.agree({what: text}, "")
             raise
-        self.agree({what: "done"})
+        self.agree({what: "done"}, "")
         return result
 
     def prepare[Result](self, message: Message, work: Callable[[], Result]) -> Result:
@@ -203,6 +213,7 @@ class Group:
             message = Message.decode(kind, body)
             if kind is Kind.STOP:
                 self._stopped.set()
+                self._verdicts.put(None)
             with self._lock:
                 self._waiting_bytes += sum(buffer.nbytes for buffer in message.buffers)
                 if self._waiting_bytes > MAX_WAITING_BYTES:
@@ -263,7 +274,7 @@ class Group:
         if verdict is None:
             self._verdicts.put(None)  # for whoever asks again
             self.check()
-        assert verdict is not None
+            raise HostsError("host 0 has ended the group")
         return verdict
 
     def _difference(self, host_id: int, answer: Any, own: dict[str, Any]) -> str:
@@ -274,7 +285,7 @@ class Group:
             if here != there:
                 return (
                     f"host {host_id} of {self.size} ({self.describe(host_id)}) differs: {name} is {there} there and "
-                    f"{here} on host 0; all hosts need the same options, model and versions"
+                    f"{here} on host 0"
                 )
         return ""
 

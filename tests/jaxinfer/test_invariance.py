@@ -467,12 +467,14 @@ def test_without_the_option_bfloat16_may_differ(windows_dir: Path, monkeypatch: 
     """
     limited = replace(llvm_cpu._isa("dense"), most_rows=32)
     monkeypatch.setattr(llvm_cpu, "_isa", lambda format: limited)
+    jax.clear_caches()  # products are traced once for all models
     config = load_config(windows_dir)
     parameters = tuple(jax.tree.leaves(load_parameters(windows_dir, config, jnp.dtype(jnp.bfloat16))))
     for invariant in (False, True):
         logits = forward(config, parameters, "bfloat16", invariant)
         same = np.array_equal(logits(16), logits(200)[:16])
         assert same is invariant
+    jax.clear_caches()
 
 
 # ---- where it is refused

@@ -16,6 +16,7 @@ WIDTHS = (1, 20, 127, 128, 300, 4096, 9000)
 @pytest.fixture(params=[True, False], ids=["written out", "in loops"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(vocabulary_passes, "on_cpu", lambda: request.param)
+    jax.clear_caches()  # else the other layout's programs serve
     return request.param
 
 

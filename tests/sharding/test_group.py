@@ -343,12 +343,23 @@ def test_where_nobody_can_stop_in_order_the_group_ends(hosts: Hosts) -> None:
         assert error.host == "host 1 of 2" and error.reason == "it was told to stop: SIGTERM"
 
 
-def test_check_waits_for_the_verdict(hosts: Hosts) -> None:
+def test_a_failed_call_may_turn_out_to_be_a_lost_host(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     leader, follower = hosts.meet(2)
-    leader.check(0.01)
+    monkeypatch.setattr("sharding.group.LOST_S", 0.01)
+    leader.check_after(RuntimeError("the call failed"))
+    monkeypatch.setattr("sharding.group.LOST_S", 10.0)
+    leader.check_after(HostsError("host 1 could not compile"))  # at once: it has just said so
     threading.Timer(0.3, follower.fail, ("it is ill",)).start()
     with pytest.raises(HostLostError, match="it is ill"):
-        leader.check(10.0)
+        leader.check_after(RuntimeError("the call failed"))
+
+
+def test_who_waits_for_an_answer_hears_of_the_orderly_end(hosts: Hosts) -> None:
+    leader, follower = hosts.meet(2)
+    waiting = hosts.pool.submit(follower.agree, {"a": 1})
+    leader.broadcast(Message(Kind.STOP))
+    with pytest.raises(HostsError, match="host 0 has ended the group"):
+        waiting.result(10)
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -371,10 +382,10 @@ def test_hosts_agree_again_and_again(hosts: Hosts) -> None:
 def test_every_host_hears_who_differs(hosts: Hosts, other: dict[str, Any], message: str) -> None:
     groups = hosts.meet(3)
     facts = [{"model": "x", "seats": 16}] * 2 + [other]
-    for future in [hosts.pool.submit(*pair) for pair in zip([g.agree for g in groups], facts, strict=True)]:
+    for future in [hosts.pool.submit(g.agree, each, "use the same") for g, each in zip(groups, facts, strict=True)]:
         with pytest.raises(HostsError) as caught:
             future.result(10)
-        assert message in str(caught.value)
+        assert message in str(caught.value) and str(caught.value).endswith("; use the same")
 
 
 def test_work_is_done_when_all_have_done_it(hosts: Hosts) -> None:

@@ -18,7 +18,7 @@ import jax
 
 from jaxinfer import memory
 from jaxinfer.batch import device_kv_spec, page_size_of
-from jaxinfer.blueprint import Blueprint
+from jaxinfer.blueprint import Blueprint, device_bytes
 from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, page_groups
 from jaxinfer.model_presets import model_of
 from jaxinfer.perf import mesh_roofline
@@ -63,7 +63,6 @@ class Sizes:
     limit: int
     weights: int
     kv: int  # pages for the whole batch at its context
-    page_counts: tuple[int, ...]
     compiled_page_counts: tuple[int, ...]  # fewer where the others do not fit
 
 
@@ -103,10 +102,13 @@ def report(
     mesh = mesh_of(request.model, request.config, found)
     assert mesh is not None  # given devices, there is one, of one device too
     if mesh.config.num_devices != len(found):
-        fits = Slice.smallest(request.piece.device.name, mesh.config.num_devices).name
+        try:
+            fits = f"{Slice.smallest(request.piece.device.name, mesh.config.num_devices).name}, or "
+        except ValueError:  # no slice has as many
+            fits = ""
         raise ConfigError(
             f"mesh={str(mesh)!r} has {mesh.config.num_devices} devices, {request.piece.name} has {len(found)}; "
-            f"use {fits}, or a mesh of {len(found)}"
+            f"use {fits}a mesh of {len(found)}"
         )
     with topology.targeting(request.piece.device, mesh.mesh):
         limit = topology.memory_limit_bytes(request.piece)
@@ -157,14 +159,14 @@ def _sized(request: Request, mesh: Any, limit: int) -> tuple[Sizes, Blueprint]:
     """What the arrays take, and a blueprint whose K/V fits beside the weights."""
     wanted = _pages(request, request.context, request.batch)
     blueprint = Blueprint(request.model, request.config, mesh, num_pages=wanted)
-    weights = sum(map(_device_bytes, blueprint.parameters))
-    left = limit - weights - int(SPARE_SHARE * limit) - _kv_and_slots_bytes(blueprint)[1]
+    weights, slots = (sum(map(device_bytes, jax.tree.leaves(x))) for x in (blueprint.parameters, blueprint.state.slots))
+    left = limit - weights - int(SPARE_SHARE * limit) - slots
     kv = _kv_bytes(request, wanted)
     counts = wanted
     if kv > left > 0:
         counts = tuple(max(2, int(count * left / kv)) for count in wanted)
         blueprint = Blueprint(request.model, request.config, mesh, num_pages=counts)
-    return Sizes(limit, weights, kv, wanted, counts), blueprint
+    return Sizes(limit, weights, kv, counts), blueprint
 
 
 def _pages(request: Request, length: int, batch: int) -> tuple[int, ...]:
@@ -183,21 +185,6 @@ def _kv_bytes(request: Request, counts: tuple[int, ...]) -> int:
         )
         // config.mesh_sizes.pipe
     )
-
-
-def _kv_and_slots_bytes(blueprint: Blueprint) -> tuple[int, int]:
-    state = blueprint.state
-    kv, slots = (sum(map(_device_bytes, jax.tree.leaves(part))) for part in (state.cache, state.slots))
-    return kv, slots
-
-
-def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Of a device's part."""
-    assert array.sharding is not None
-    size = 1
-    for dim in array.sharding.shard_shape(array.shape):
-        size *= dim
-    return size * array.dtype.itemsize
 
 
 def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -337,5 +324,5 @@ def _weight_bytes(placed: tuple[PlacedParameter, ...], *, tied: bool) -> WeightB
         axes = parameter.spec.axes
         looked_up = "columns" in axes or (parameter.names[0] == "embed.weight" and not tied)
         kind = "tables" if looked_up else "experts" if "experts" in axes and len(axes) == 3 else "dense"
-        sums[kind] += sum(map(_device_bytes, jax.tree.leaves(parameter.abstract())))
+        sums[kind] += sum(map(device_bytes, jax.tree.leaves(parameter.abstract())))
     return WeightBytes(**{kind: float(total) for kind, total in sums.items()})

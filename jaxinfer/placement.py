@@ -59,7 +59,7 @@ class PlacedParameter:
 
 def mesh_of(model: ModelConfig, config: EngineConfig, devices: Any = None) -> DeviceMesh | None:
     """The mesh that the options ask for; None: one device, no mesh. ConfigError where model and mesh do not fit."""
-    sizes = MeshConfig.parse(config.mesh)
+    sizes = config.mesh_sizes
     if sizes.num_devices == 1 and devices is None:
         return None
     try:
@@ -143,7 +143,7 @@ def check_mesh(model: ModelConfig, config: EngineConfig, mesh: MeshConfig) -> No
             fits = [n for n in divisors(size) if n <= max(parts, 64)]
             raise MeshError(f"{what}={size} does not divide over {axes}={parts}; sizes that do: {_list(fits)}")
     for index in range(len(model.layers)):
-        kv_shards(model.kv_shape(index).kv_heads, mesh.group)
+        kv_shards(model.kv_shape(index).kv_heads, mesh.group, divisors(model.q_heads))
     if mesh.expert > 1 and all(layer.experts is None for layer in model.layers):
         raise MeshError(f"expert={mesh.expert}: the model has no experts; use tensor={mesh.group} instead")
     if mesh.pipe > 1:

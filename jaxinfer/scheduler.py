@@ -358,11 +358,6 @@ class Scheduler:
         return self._cache.usage()
 
     @property
-    def num_in_flight(self) -> int:
-        """Plans handed out and not yet applied."""
-        return len(self._in_flight)
-
-    @property
     def has_work(self) -> bool:
         return len(self._running) > 0 or len(self._waiting) > 0
 

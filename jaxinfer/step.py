@@ -241,7 +241,7 @@ class Drivers:
         ticks, state, trace, _, steps, busy, _ = lax.while_loop(
             lambda carry: carry[-1], tick, (zero, state, trace, received, zero, zero, more)
         )
-        return state, trace, steps, jnp.stack([ticks * pipeline.stages, pipeline.sum(busy)])
+        return state, trace, steps, jnp.stack([ticks * pipeline.stages * self.parallel.data, self.parallel.sum(busy)])
 
     def _advance(
         self,

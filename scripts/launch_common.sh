@@ -90,11 +90,13 @@ check_mesh() {
     "axes with sizes, as in tensor=4,context=2; the axes are pipe, data, context, expert, tensor"
   twice=$(printf '%s' "$1" | tr ',' '\n' | sed 's/=.*//' | sort | uniq -d)
   [ -z "$twice" ] || die "--mesh $1 names $twice twice"
-  whole_number --replicas "$2" 1 10000
+  whole_number --replicas "$2" 1 4096
 }
 
-# needs_devices MESH REPLICAS NUM_DEVICES WHERE: they are enough.
+# needs_devices MESH REPLICAS NUM_DEVICES NUM_HOSTS WHERE: they are enough; several hosts must be in the mesh as a whole.
 needs_devices() {
   needed=$(($(mesh_size "$1") * $2))
-  [ "$needed" -le "$3" ] || die "--mesh '$1' with --replicas $2 needs $needed devices; $4 has $3"
+  [ "$needed" -le "$3" ] || die "--mesh '$1' with --replicas $2 needs $needed devices; $5 has $3"
+  [ "$4" = 1 ] || [ "$needed" = "$3" ] \
+    || die "--mesh '$1' takes $needed of the $3 devices of $5: $4 hosts serve together only with all, as in tensor=$3"
 }

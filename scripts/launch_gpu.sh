@@ -76,11 +76,11 @@ if [ -n "$coordinator$num_hosts$host_id" ]; then
   [ -n "$coordinator" ] && [ -n "$num_hosts" ] && [ -n "$host_id" ] \
     || die "--coordinator, --num-hosts and --host-id belong together: give all three, or none"
   matches --coordinator "$coordinator" '[^ :]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}' "HOST:PORT"
-  whole_number --num-hosts "$num_hosts" 2 10000
+  whole_number --num-hosts "$num_hosts" 2 4096
   whole_number --host-id "$host_id" 0 "$((num_hosts - 1))"
   [ "$replicas" = 1 ] || die "--replicas $replicas: several hosts serve one replica together; start a group per replica"
 elif [ "$gpus" != all ]; then
-  needs_devices "$mesh" "$replicas" "$(printf '%s' "$gpus" | tr ',' '\n' | grep -c .)" "--gpus $gpus"
+  needs_devices "$mesh" "$replicas" "$(printf '%s' "$gpus" | tr ',' '\n' | grep -c .)" 1 "--gpus $gpus"
 fi
 
 # From here on "$@" holds the flags of jaxinfer serve.

@@ -4,7 +4,7 @@
 #   scripts/launch_slurm.sh [--model DIR] [--nodes N] [--mesh tensor=16] [options] [-- flags of jaxinfer serve]
 #
 #   --model DIR          model directory that every node sees (default: the model that ships with jaxinfer)
-#   --mesh AXES          how one replica is spread over all GPUs of the job, as in tensor=8,pipe=2 (default: one GPU)
+#   --mesh AXES          how one replica is spread over all GPUs of the job, as in tensor=8,pipe=2 (default: one GPU; several nodes need all)
 #   --replicas N         whole engines, on GPUs of their own; one node only (default 1)
 #   --nodes N            (default 1)
 #   --gpus-per-node N    0 asks for no GPUs (default 8)
@@ -67,7 +67,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-whole_number --nodes "$nodes" 1 10000
+whole_number --nodes "$nodes" 1 4096
 whole_number --gpus-per-node "$gpus_per_node" 0 64
 whole_number --cpus-per-task "$cpus_per_task" 1 1024
 whole_number --port "$port" 1 65535
@@ -82,7 +82,7 @@ matches --job-name "$job_name" "$name" "letters, digits, dots, dashes and unders
 [ -z "$constraint" ] || matches --constraint "$constraint" '[A-Za-z0-9_.&|*()-]+' "names of features"
 [ "$replicas" = 1 ] || [ "$nodes" = 1 ] \
   || die "--replicas $replicas with --nodes $nodes: several hosts serve one replica together; submit a job per replica"
-[ "$gpus_per_node" = 0 ] || needs_devices "$mesh" "$replicas" "$((nodes * gpus_per_node))" \
+[ "$gpus_per_node" = 0 ] || needs_devices "$mesh" "$replicas" "$((nodes * gpus_per_node))" "$nodes" \
   "--nodes $nodes with --gpus-per-node $gpus_per_node"
 
 # From here on "$@" is the command that each task runs.

@@ -11,7 +11,7 @@
 #   --project PROJECT     (default: gcloud's own; a slice of several v6e or v5p VMs needs it)
 #   --model DIR           a directory in the VMs' home, or gs://BUCKET/DIR, which each of them copies first
 #                         (default: the model that ships with jaxinfer)
-#   --mesh AXES           as in tensor=8 (default: one chip)
+#   --mesh AXES           as in tensor=8 (default: one chip; a slice of several VMs needs all)
 #   --replicas N          whole engines, on chips of their own; one VM only (default 1)
 #   --provisioning KIND   on-demand (the default), spot or flex-start
 #   --max-run TIME        delete the VM after this long, as in 4h; flex-start needs it
@@ -114,11 +114,11 @@ case $topology in
   2x4) hosts=1 machine=${machine:+ct6e-standard-8t} ;;
   *) hosts=$((chips / 4)) ;;
 esac
-needs_devices "$mesh" "$replicas" "$chips" "$device"
 [ "$replicas" = 1 ] || [ "$hosts" = 1 ] \
   || die "--replicas $replicas: $device is $hosts VMs, which serve one replica together; rent a slice per replica"
 [ -n "$project" ] || [ "$hosts" = 1 ] || [ "$tpu" = v5e ] \
   || die "--project is missing: $device is $hosts VMs, whose group names its workload policy with the project"
+[ "$delete" = yes ] || needs_devices "$mesh" "$replicas" "$chips" "$hosts" "$device"
 if [ "$provisioning" = flex-start ]; then
   [ "$hosts" = 1 ] && [ "$tpu" != v5e ] || die "--provisioning flex-start: only for one VM of v6e or v5p, not $device"
   [ -n "$max_run" ] || die "--provisioning flex-start needs --max-run, as in 4h"

@@ -48,12 +48,21 @@ def add_compile_parser(subparsers: Any, parents: list[argparse.ArgumentParser]) 
     parser.add_argument(
         "--device", required=True, metavar="SLICE", help="v6e:4x4; or v6e, for the slice with as many devices as --mesh"
     )
-    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="sequences that decode (default: 64)")
     parser.add_argument(
-        "--context", type=positive, metavar="N", help="tokens that each holds (default: 8192, or what the model allows)"
+        "--batch", type=positive, default=64, metavar="N", help="sequences that decode: max_num_seqs (default: 64)"
     )
     parser.add_argument(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of a prefill step; 0: none (default: 512)"
+        "--context",
+        type=positive,
+        metavar="N",
+        help="tokens each holds: max_model_len (default: 8192, or what the model allows)",
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a prefill step: max_num_batched_tokens; 0: none (default: 512)",
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="as if the checkpoint were stored so (default: as it is)")
     parser.add_argument("--save-hlo", metavar="DIR", help="keep the programs' optimised HLO there")

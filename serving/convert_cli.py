@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-DTYPES = ("bfloat16", "float32")
+from jaxinfer.config import DTYPES
 
 
 def add_convert_parser(subparsers: Any, parents: list[argparse.ArgumentParser]) -> None:

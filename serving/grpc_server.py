@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_CONCURRENT_STREAMS = 65_536
+MAX_REPLICAS = 4096
 # gRPC ends calls over its own limits as UNAVAILABLE or CANCELLED: what the handlers refuse must be met long before.
 GRPC_CALLS = 16 * MAX_CONCURRENT_STREAMS
 MAX_CONNECTION_AGE_S = 2_000_000.0  # gRPC keeps it as milliseconds in 32 bits
@@ -88,6 +89,8 @@ class ServerConfig:
         for name in ("max_concurrent_streams", "max_prompt_chars", "tokenizer_threads", "replicas"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.replicas > MAX_REPLICAS:
+            raise ConfigError(f"replicas={self.replicas} must be at most {MAX_REPLICAS}")
         if self.max_concurrent_streams > MAX_CONCURRENT_STREAMS:
             raise ConfigError(
                 f"max_concurrent_streams={self.max_concurrent_streams} must be at most {MAX_CONCURRENT_STREAMS}"

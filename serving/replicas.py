@@ -112,7 +112,7 @@ class ReplicaSet:
 
     @property
     def error(self) -> BaseException | None:
-        """What killed the first replica that failed, when the state is DEAD."""
+        """What killed a replica (of several the first by number), when the state is DEAD."""
         errors = [replica.engine.error for replica in self._replicas if replica.engine.error is not None]
         return errors[0] if errors and self._state is State.DEAD else None
 

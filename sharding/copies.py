@@ -23,7 +23,7 @@ class Copied:
     argument: str  # jax's name of it
     array: ArrayShape
     instruction: str
-    place: str  # one of program.PLACES
+    place: str  # `Program.label` of it
 
 
 def copied_arguments(program: Program, wanted: Callable[[str, ArrayShape], bool]) -> list[Copied]:

@@ -34,6 +34,7 @@ from sharding.links import Exchange, Link
 log = logging.getLogger(__name__)
 
 LOST_S = 2.0  # for a failed device call to turn out to be a lost host
+SAID_CHARS = 80  # of what a host says, in a message
 CLOSE_S = 10.0  # for followers to end after STOP
 MAX_WAITING_BYTES = 1 << 30  # of calls that this host has not begun yet
 SAME_EVERYWHERE = "all hosts need the same options, model and versions"
@@ -126,7 +127,7 @@ class Group:
             answers = dict(self._next_verdict() for _ in self._links)
             error = next((text for i in sorted(answers) if (text := self._difference(i, answers[i], own))), "")
             error += f"; {advice}" if error and advice else ""
-            self._exchange.broadcast(frame(Kind.AGREE, clip(json.dumps(error[: MAX_TEXT_BYTES // 8]))))
+            self._exchange.broadcast(frame(Kind.AGREE, clip(json.dumps(error[: MAX_TEXT_BYTES // 6]))))  # \\u escapes
         if error:
             raise HostsError(str(error))
 
@@ -281,8 +282,9 @@ class Group:
         """What a follower says that is not what host 0 says; "" where there is nothing."""
         theirs = answer if isinstance(answer, dict) else {}
         for name in sorted({*own, *theirs}):
-            here, there = (json.dumps(facts.get(name))[:200] for facts in (own, theirs))
+            here, there = (json.dumps(facts.get(name)) for facts in (own, theirs))
             if here != there:
+                here, there = (text if len(text) <= SAID_CHARS else f"{text[:SAID_CHARS]}..." for text in (here, there))
                 return (
                     f"host {host_id} of {self.size} ({self.describe(host_id)}) differs: {name} is {there} there and "
                     f"{here} on host 0"

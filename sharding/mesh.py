@@ -115,6 +115,3 @@ def _named(axis: str, sizes: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
     if len(sizes) == 1:
         return ((axis, sizes[0]),)
     return tuple((f"{axis}{index}", size) for index, size in enumerate(sizes))
-
-
-__all__ = ["DeviceMesh", "MeshConfig", "MeshError", "make_mesh"]

@@ -77,16 +77,16 @@ def divisors(size: int) -> list[int]:
     return sorted({*small, *(size // n for n in small)})
 
 
-def kv_shards(kv_heads: int, group: int) -> int:
+def kv_shards(kv_heads: int, group: int, groups: Iterable[int] = range(1, 65)) -> int:
     """Into how many parts `kv_heads` heads are split over a tensor group; below `group`, parts are repeated.
 
-    Raises MeshError unless heads divide among the devices, or devices among the heads.
+    Raises MeshError unless heads divide among the devices, or devices among the heads; it offers those of `groups`.
     """
     if kv_heads % group == 0:
         return group
     if group % kv_heads == 0:
         return kv_heads
-    fits = sorted({*divisors(kv_heads), *(kv_heads * n for n in range(1, 17))})
+    fits = [size for size in groups if kv_heads % size == 0 or size % kv_heads == 0]
     raise MeshError(
         f"kv_heads={kv_heads} neither divide among expert*tensor={group} devices nor are divided by them; sizes that "
         f"would do: {', '.join(map(str, fits))}"

@@ -40,6 +40,11 @@ class Parallel:
         """Whether `flag: bool[]` is set in any data shard: loops must end for all devices at once."""
         return lax.pmax(flag.astype(jnp.int32), self.data_axes) > 0 if self.data > 1 else flag
 
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Over the stages of all data shards."""
+        x = self.pipeline.sum(x)
+        return lax.psum(x, self.data_axes) if self.data > 1 else x
+
     def all_data(self, x: jax.Array, axis: int) -> jax.Array:
         """`x` of every data shard, one after the other along `axis`."""
         return lax.all_gather(x, self.data_axes, axis=axis, tiled=True) if self.data > 1 else x

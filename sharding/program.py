@@ -13,7 +13,6 @@ from functools import cached_property
 
 from sharding.hlo import Computation, Instruction, Module
 
-PLACES = ("step", "inner loop", "branch", "once", "other loop")
 _PRODUCTS = ("dot", "convolution")
 _KERNELS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu|triton|__onednn|__cublas|__gpu\$)')
 
@@ -74,7 +73,9 @@ class Program:
             yield self.module.computations[name], place
 
     def label(self, place: Place) -> str:
-        """One of PLACES: in every step, in a loop inside it, where a conditional may lead, outside of the step."""
+        """In every step ("step"), in a loop inside it ("inner loop"), where a conditional may lead ("branch"), or
+        outside of the step ("once", "other loop").
+        """
         if place.branch:
             return "branch"
         if not place.loops:

@@ -51,11 +51,6 @@ class Compiled:
         """The text, read."""
         return Program(self.text)
 
-    @property
-    def memory_bytes(self) -> int:
-        """Device memory while it runs: arguments, results that are not donated arguments, temporaries."""
-        return self.argument_bytes + self.temporary_bytes + max(0, self.output_bytes - self.aliased_bytes)
-
     def copies_of(self, shape: tuple[int, ...]) -> list[str]:
         """Instructions that write an array of this shape anew: copies, transposes, fusions but for updates in place."""
         return copies.writes_of(self.program, shape)

@@ -35,7 +35,7 @@ class Collective:
     source: str  # jax's name of it; "" where the compiler joined several
     payload_bytes: int  # the whole that a group's devices reduce, gather or exchange; of a permute: what one sends
     group_size: int
-    place: str  # one of program.PLACES
+    place: str  # `Program.label` of it
     times: int  # how often it runs per step, or in all where it is in no step
     is_async: bool
     beside: tuple[str, ...] = ()  # matrix products and kernels that run between its start and its done

@@ -195,7 +195,7 @@ TPU = ("serve1", "--zone", "us-east5-b", "--project", "my-project", "--mesh=tens
         ("launch_gpu.sh", ["--runtime=docker", "--coordinator", "a:8400", "--num-hosts", "2", "--host-id", "1"]),
         ("launch_tpu_vm.sh", [*TPU, "gs://b/a/model/", "--device", "v6e:2x4", "--", "--served-model-name", "it's $5"]),
         ("launch_tpu_vm.sh", [*TPU, "m", "--device", "v6e:2x4", "--provisioning", "flex-start", "--max-run", "4h"]),
-        ("launch_tpu_vm.sh", [*TPU, "m", "--device", "v5e:4x4", "--provisioning", "spot"]),
+        ("launch_tpu_vm.sh", [*TPU, "m", "--device", "v5e:4x4", "--mesh=tensor=16", "--provisioning", "spot"]),
         ("launch_tpu_vm.sh", [*TPU, "m", "--device", "v5p:2x2x1", "--delete"]),
         ("launch_tpu_vm.sh", [*TPU, "m", "--device", "v5p:2x2x4", "--delete"]),
         ("launch_tpu_vm.sh", [*TPU, "m", "--device", "v5e:2x2", "--delete"]),
@@ -324,7 +324,10 @@ def test_a_job_of_one_node_needs_no_coordinator(machine: Machine) -> None:
 def created(machine: Machine, device: str, *arguments: str) -> list[list[str]]:
     """The calls of gcloud that rent `device`."""
     flags = ["--device", device, "--zone", "us-east5-b", "--project", "p-1", *arguments]
-    num_vms = math.prod(map(int, device.partition(":")[2].split("x"))) // 4
+    num_chips = math.prod(map(int, device.partition(":")[2].split("x")))
+    num_vms = num_chips // 4
+    if num_vms > 1 and "--mesh" not in arguments:
+        flags += ["--mesh", f"tensor={num_chips}"]
     done = machine.run("launch_tpu_vm.sh", "serve1", *flags, VMS=str(num_vms))
     assert done.returncode == 0, done.stderr
     return [call for call in machine.log() if call[0] == "gcloud" and "create" in call]
@@ -405,14 +408,15 @@ def test_the_vms_of_a_slice_know_their_numbers_and_the_first_of_them(machine: Ma
 
 
 def test_a_slice_whose_numbers_repeat_is_not_started(machine: Machine) -> None:
-    arguments = ["--device", "v5p:2x2x2", "--zone", "us-east5-b", "--project", "p-1"]
+    arguments = ["--device", "v5p:2x2x2", "--zone", "us-east5-b", "--project", "p-1", "--mesh", "tensor=8"]
     done = machine.run("launch_tpu_vm.sh", "serve1", *arguments, NUMBER="1")
     assert done.returncode == 2 and "worker numbers are not 0 to 1" in done.stderr
     assert not [call for call in machine.log() if "systemd-run" in " ".join(call)]
 
 
 def test_a_dry_run_of_a_slice_shows_one_vm_of_it(machine: Machine) -> None:
-    printed = machine.dry_run("launch_tpu_vm.sh", *TPU, "m", "--device", "v5p:2x2x4", "--provisioning", "spot")
+    rented = ["--device", "v5p:2x2x4", "--mesh", "tensor=16", "--provisioning", "spot"]
+    printed = machine.dry_run("launch_tpu_vm.sh", *TPU, "m", *rented)
     assert "# on each of the 4 VMs of the group:" in printed and "--size=4" in printed
     assert "agent-worker-number" in printed and "--provisioning-model=SPOT" in printed
     assert "--coordinator serve1-XXXX:8400 --num-hosts 4 --host-id 0" in printed
@@ -506,7 +510,7 @@ DEPLOYMENT = str(ROOT / "deploy" / "deployment.yaml")
         ("launch_gpu.sh", [*HOSTS, "1", "--replicas", "2"], ["--replicas 2", "a group per replica"]),
         ("launch_gpu.sh", [*HOSTS, "0", "--coordinator", "a"], ["--coordinator 'a'", "HOST:PORT"]),
         ("launch_gpu.sh", ["--max-num-seqs", "4"], ["'--max-num-seqs'", "after --"]),
-        ("launch_slurm.sh", ["--nodes", "two"], ["--nodes 'two'", "1 to 10000"]),
+        ("launch_slurm.sh", ["--nodes", "two"], ["--nodes 'two'", "1 to 4096"]),
         ("launch_slurm.sh", ["--time", "soon"], ["--time 'soon'", "08:00:00"]),
         ("launch_slurm.sh", ["--job-name", "a b"], ["--job-name 'a b'"]),
         ("launch_slurm.sh", ["--partition", "x\n#SBATCH --uid=0"], ["--partition", "one line"]),
@@ -524,6 +528,8 @@ DEPLOYMENT = str(ROOT / "deploy" / "deployment.yaml")
         ("launch_tpu_vm.sh", [*VM, "v6e:3x3"], ["3x3 is none of: 1x1 2x2 2x4 4x4"]),
         ("launch_tpu_vm.sh", [*VM, "v6e:2x2", "--mesh", "tensor=8"], ["needs 8 devices", "v6e:2x2 has 4"]),
         ("launch_tpu_vm.sh", [*VM, "v5p:2x2x2"], ["--project is missing"]),
+        ("launch_tpu_vm.sh", [*VM, "v5e:4x4"], ["takes 1 of the 16 devices", "only with all, as in tensor=16"]),
+        ("launch_slurm.sh", ["--nodes", "2", "--mesh", "tensor=8"], ["takes 8 of the 16 devices", "2 hosts"]),
         ("launch_tpu_vm.sh", [*VM, "v5e:4x4", "--replicas", "2"], ["a slice per replica"]),
         ("launch_tpu_vm.sh", [*VM, "v6e:2x2", "--provisioning", "free"], ["none of: on-demand spot flex-start"]),
         ("launch_tpu_vm.sh", [*VM, "v6e:2x2", "--provisioning", "flex-start"], ["needs --max-run"]),

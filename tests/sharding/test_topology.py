@@ -177,7 +177,6 @@ def test_sizes_are_those_of_one_device() -> None:
         compiled = topology.compile_lowered(lowered, piece.device)
     assert compiled.argument_bytes == 2 * (512 * 4096 + 4096 * 8192 // 4)
     assert compiled.output_bytes == 2 * 512 * 8192 // 4
-    assert compiled.memory_bytes >= compiled.argument_bytes + compiled.output_bytes
     assert compiled.program.module.num_devices == 4
     assert all(each > 0 for each in seconds.values())
     assert compiled.seconds >= seconds["compiling"]

@@ -146,7 +146,7 @@ def test_bytes_of_pages_and_what_fits_by_hand() -> None:
         page_bytes = 128 * 32 * 2 * 2 * 128 * 2  # tokens, layers, K and V, heads, head_dim, bfloat16
         assert compile_report._kv_bytes(asked, pages) == pages[0] * page_bytes
         left = 10 * GIB
-        sizes = Sizes(limit=16 * GIB, weights=2 * GIB, kv=8 * GIB, page_counts=pages, compiled_page_counts=pages)
+        sizes = Sizes(limit=16 * GIB, weights=2 * GIB, kv=8 * GIB, compiled_page_counts=pages)
         sizes = dataclasses.replace(sizes, limit=left + sizes.weights + 111)
         found = compile_report._memory(asked, sizes, {"decode": program(), "prefill": program(temporary_bytes=50)})
     assert (found["temporary_bytes"], found["slot_bytes"]) == (110, 1)
@@ -157,7 +157,7 @@ def test_bytes_of_pages_and_what_fits_by_hand() -> None:
 
 def test_what_does_not_fit_or_does_not_compile() -> None:
     with topology.targeting(devices.named("v6e")):
-        sizes = Sizes(limit=10 * GIB, weights=8 * GIB, kv=4 * GIB, page_counts=(9,), compiled_page_counts=(4,))
+        sizes = Sizes(limit=10 * GIB, weights=8 * GIB, kv=4 * GIB, compiled_page_counts=(4,))
         found = compile_report._memory(request(), sizes, {"decode": program()})
         assert (found["fits"], found["headroom_bytes"]) == (False, -2 * GIB - 111)
         refused = {"decode": {"error": "RESOURCE_EXHAUSTED"}}

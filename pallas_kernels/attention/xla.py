@@ -19,7 +19,7 @@ from jax import lax
 from pallas_kernels import tensors
 from pallas_kernels.attention import KVSpec, PageRows, Ragged, storage, strided, token_rows
 from pallas_kernels.devices import Device
-from pallas_kernels.reductions import row_sums
+from pallas_kernels.reductions import LANES, row_sums
 
 BLOCK = 128  # K/V rows per online-softmax step
 Q_BLOCK = 64  # query tokens per prefill tile
@@ -289,6 +289,8 @@ def _attend_tile(
         values, value_scales = _rows(kv.values, kv.value_scales, pages, tile.q.dtype)
         # what nobody sees, unwritten or slid out of the window, may be NaN, and 0 * NaN is NaN
         values = jnp.where(jnp.any(seen, axis=1)[:, None, :, None], values, 0)
+        if head_dim < LANES:  # XLA:CPU adds narrow products up in an order that depends on the number of queries
+            values = jnp.pad(values, [(0, 0)] * 3 + [(0, LANES - head_dim)])
         scores = _dot("skqh,skrh->skqr", tile.q, keys) * (rules.scale * key_scales)
         if rules.softcap is not None:
             scores = rules.softcap * jnp.tanh(scores / rules.softcap)
@@ -297,7 +299,7 @@ def _attend_tile(
         weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
         shrink = jnp.exp(state.highest - highest)
         scaled = weights if kv.value_scales is None else jnp.where(seen, weights * value_scales, 0.0)
-        gained = _dot("skqr,skrh->skqh", scaled.astype(values.dtype), values)
+        gained = _dot("skqr,skrh->skqh", scaled.astype(values.dtype), values)[..., :head_dim]
         return Softmax(
             highest,
             state.total * shrink + row_sums(weights),

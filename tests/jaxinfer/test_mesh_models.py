@@ -23,7 +23,7 @@ DEFAULT = {
     "gemma": "tensor=8",
     "gemma2": "pipe=2",
     "gemma3": "data=2,tensor=2",
-    "gemma3n": "tensor=2",  # its streams amplify rounding: docs/parallelism.md
+    "gemma3n": "tensor=4",
     "gemma4": "data=2,tensor=2",
     "gemma4_moe": "expert=2,tensor=2",
     "gemma4_vision": "pipe=2",

@@ -68,8 +68,8 @@ class Runner:
         return [np.stack(rows) for rows in (control, admission) if rows]
 
     def step(self, shape: Shape, buffers: Sequence[np.ndarray], call: int) -> Outcome:
-        """Dispatch a step; `call` numbers it for `read`. Whatever it raises, the state is lost: `reset`."""
-        program = self.prepare(shape)
+        """Dispatch a step whose shape was prepared; `call` numbers it for `read`. If it raises, the state is lost."""
+        program = self.programs.get(shape)
         if self._followers is not None:
             sizes = shape.num_slots, shape.prefill_tokens
             self._followers.broadcast(Message(Kind.CALL, *sizes, call=call, buffers=tuple(buffers)))

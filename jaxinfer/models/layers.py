@@ -20,8 +20,9 @@ from jaxinfer.config import ActivationSpec, LayerSpec, ModelConfig, NormSpec
 from jaxinfer.models import weight_format
 from jaxinfer.models.quantized_checkpoint import abstract_weight
 from jaxinfer.rope import DynamicScaling, LongScaling, RopeSpec
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import matmul, unscaled
 from pallas_kernels.reductions import row_sums
+from pallas_kernels.tensors import QuantizedTensor, quantize_rows
 from sharding.shards import ALONE, Shards
 
 # attend(layer_index, q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim] or None, sinks) -> like q
@@ -90,30 +91,31 @@ class Linear(nnx.Module):
         self.backend, self.invariant, self.shards = build.matmul_backend, build.invariant, build.shards
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        split = bool(self.shards.names(self.in_axis))
-        product = self.shards.leaving(x, self._product, self.in_axis) if split else self._product(x)
+        weight, dtype = self.weight.get_value(), jnp.dtype(jnp.float32) if self.has_bias else x.dtype
+        multiply = partial(_product, weight=weight, backend=self.backend, out_dtype=dtype, invariant=self.invariant)
+        if not self.shards.names(self.in_axis):
+            product = multiply(x)
+        elif isinstance(weight, QuantizedTensor) and weight.activation is not None:
+            product = self._scaled_sum(x, weight).astype(dtype)
+        else:
+            product = self.shards.leaving(x, multiply, self.in_axis)
         if not self.has_bias:
             return product
         return (product + self.bias[...]).astype(x.dtype)
 
-    def _product(self, x: jax.Array) -> jax.Array:
-        """Of this device's inputs, or outputs."""
-        return _traced_product(
-            x,
-            self.weight.get_value(),
-            backend=self.backend,
-            invariant=self.invariant,
-            out_dtype=jnp.float32 if self.has_bias else None,
-            shards=self.shards,
-            in_axis=self.in_axis,
-        )
+    def _scaled_sum(self, x: jax.Array, weight: QuantizedTensor) -> jax.Array:
+        """W8A8 of split inputs, f32: a row's scale is that of all its inputs, and is applied to the sum."""
+        assert weight.activation is not None and weight.scales is not None
+        highest = partial(self.shards.max, axis=self.in_axis)
+        rows, scales = quantize_rows(x, weight.activation, largest=highest)
+        multiply = partial(_unscaled_product, weight=weight, backend=self.backend, out_dtype=x.dtype)
+        total = self.shards.leaving(rows, multiply, self.in_axis).astype(jnp.float32)
+        return total * weight.scales.astype(jnp.float32) * self.shards.own_tokens(scales)[:, None]
 
 
 # Traced once for all layers that are alike, as attention is (`forward`): a quantized product is a kernel.
-@partial(jax.jit, inline=True, static_argnames=("backend", "invariant", "out_dtype", "shards", "in_axis"))
-def _traced_product(x: jax.Array, weight: Any, *, shards: Shards, in_axis: str, **options: Any) -> jax.Array:
-    largest = (lambda highest: shards.max(highest, in_axis)) if shards.names(in_axis) else None
-    return matmul(x, weight, largest=largest, **options)
+_product = jax.jit(matmul, inline=True, static_argnames=("backend", "invariant", "out_dtype"))
+_unscaled_product = jax.jit(unscaled, inline=True, static_argnames=("backend", "out_dtype"))
 
 
 class Norm(nnx.Module):
@@ -305,7 +307,7 @@ def activate(x: jax.Array, spec: ActivationSpec) -> jax.Array:
         case "gelu":
             return jax.nn.gelu(x, approximate=False)
         case "gelu_tanh":
-            return jax.nn.gelu(x, approximate=True)
+            return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))  # 1 + tanh cancels far below zero
     raise ValueError(f"{spec.name} needs a gate")
 
 

@@ -6,6 +6,8 @@ times groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,7 +15,6 @@ from jax.typing import DTypeLike
 from pallas_kernels import devices, tensors
 from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import Op
-from pallas_kernels.matmul import Largest
 from pallas_kernels.tensors import QuantizedTensor
 
 OP = Op(
@@ -28,6 +29,7 @@ OP = Op(
     invariant={"xla": ("cpu",)},  # these supply run_invariant, with run's signature
 )
 BACKENDS = OP.backends
+Largest = Callable[[jax.Array], jax.Array]  # f32[rows] of the inputs here -> of all inputs, some of them elsewhere
 
 
 def backend_for(matmul_backend: str) -> str:
@@ -50,7 +52,8 @@ def grouped_matmul(
 
     `group_sizes i32[groups]`: the first rows of x meet the first group's weight; a group may be empty, and rows beyond
     all groups give zeros. `invariant`: a row's bits depend on that row and its group's weight alone, in any dtype.
-    `largest`: as `matmul` has it.
+    `largest`: where x and weight are some of the inputs, the magnitude by which W8A8 scales a row, from that of the
+    inputs here.
     Raises ValueError for what does not fit, BackendError where a forced backend refuses.
     Source: MegaBlocks (arXiv 2211.15841, section 5.1).
     """

@@ -7,7 +7,7 @@ rows in float32, nor in bfloat16 and W8A8 while one backend serves every number;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,6 @@ OP = Op(
     invariant={"llvm_cpu": ("cpu",), "xla": ("cpu",)},  # these supply run_invariant, with run's signature
 )
 BACKENDS = OP.backends
-Largest = Callable[[jax.Array], jax.Array]  # f32[rows] of the inputs here -> of all inputs, some of them elsewhere
 
 
 def matmul(
@@ -45,13 +44,11 @@ def matmul(
     out_dtype: DTypeLike | None = None,
     device: Device | None = None,
     invariant: bool = False,
-    largest: Largest | None = None,
 ) -> jax.Array:
     """`x [rows, in]` times `weight [out, in]` transposed -> `[rows, out]` in `out_dtype` (None: x's dtype).
 
     `device` None is the one compiled for. `invariant`: a row's bits depend on that row alone, in any dtype. Raises
-    ValueError for shapes or dtypes that do not fit, BackendError where a forced backend refuses. `largest`: where x
-    and weight are some of the inputs, the magnitude by which W8A8 scales a row, from that of the inputs here.
+    ValueError for shapes or dtypes that do not fit, BackendError where a forced backend refuses.
     Sources: W8A8 SmoothQuant (2211.10438, section 3), outliers LLM.int8() (2208.07339, 3.2).
     """
     _check(x, weight)
@@ -60,9 +57,27 @@ def matmul(
     if 0 in (*x.shape, weight.shape[0]):
         return jnp.zeros((x.shape[0], weight.shape[0]), result)
     if not isinstance(weight, QuantizedTensor) or (weight.zeros is None and weight.outlier_columns is None):
-        return _multiply(x, weight, backend, result, device, invariant, largest)
+        return _multiply(x, weight, backend, result, device, invariant)
     x, beside = _beside(x, weight, device)
-    return (_multiply(x, weight.core(), backend, _F32, device, invariant, largest) + beside).astype(result)
+    return (_multiply(x, weight.core(), backend, _F32, device, invariant) + beside).astype(result)
+
+
+def unscaled(
+    rows: jax.Array,
+    weight: QuantizedTensor,
+    *,
+    backend: str = "auto",
+    out_dtype: DTypeLike,
+    device: Device | None = None,
+) -> jax.Array:
+    """W8A8's `rows [rows, in]`, as `quantize_rows` made them, times the values of `weight [out, in]`, without scales.
+
+    Where devices have some of the inputs each: they add up these, and scale the sum. Then it rounds as one device's
+    product does, for float32 holds the sums of integers exactly, up to 2**24.
+    """
+    assert weight.activation is not None and weight.outlier_columns is None and weight.scales is not None
+    plain, ones = replace(weight, scales=jnp.ones_like(weight.scales)), jnp.ones(rows.shape[0], _F32)
+    return _multiply(rows, plain, backend, jnp.dtype(out_dtype), device or devices.current(), False, ones)
 
 
 def _multiply(
@@ -72,11 +87,12 @@ def _multiply(
     out_dtype: jnp.dtype,
     device: Device,
     invariant: bool,
-    largest: Largest | None,
+    row_scales: jax.Array | None = None,
 ) -> jax.Array:
     """What a backend's `run` serves: any weight without zero points and outliers.
 
-    With activation quantization it gets `x` as int8 or fp8, and `row_scales f32[rows]` to multiply the product by.
+    With activation quantization it gets `x` as int8 or fp8, and `row_scales f32[rows]` to multiply the product by:
+    those given here, where the rows are quantized already.
     """
     promise = {"invariant": True} if invariant else {}
     _, module = OP.choose(
@@ -85,14 +101,13 @@ def _multiply(
         **promise,
         in_size=x.shape[1],
         out_size=weight.shape[0],
-        dtype=x.dtype.name,
+        dtype=x.dtype.name if row_scales is None else out_dtype.name,
         out_dtype=out_dtype.name,
         format=weight.format if isinstance(weight, QuantizedTensor) else "dense",
         device=device,
     )
-    row_scales = None
-    if isinstance(weight, QuantizedTensor) and weight.activation is not None:
-        x, row_scales = tensors.quantize_rows(x, weight.activation, largest=largest)
+    if isinstance(weight, QuantizedTensor) and weight.activation is not None and row_scales is None:
+        x, row_scales = tensors.quantize_rows(x, weight.activation)
     run = module.run_invariant if invariant else module.run
     return run(x, weight, row_scales=row_scales, out_dtype=out_dtype, device=device)
 

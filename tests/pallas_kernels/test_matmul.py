@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 
 from pallas_kernels import devices, tensors
 from pallas_kernels.dispatch import BackendError
-from pallas_kernels.matmul import OP, llvm_cpu, llvm_tiles, matmul
+from pallas_kernels.matmul import OP, llvm_cpu, llvm_tiles, matmul, unscaled
 from pallas_kernels.native import handler, jit
 
 ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 33)
@@ -311,6 +312,20 @@ def test_native_w8a8_refuses_sums_that_may_not_fit() -> None:
     assert "131072 inputs are more than 65536" in str(
         llvm_cpu.refuse(**CASE | {"format": "w8a8-int8", "in_size": 1 << 17})
     )
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("llvm_cpu", marks=needs_vnni)])
+def test_parts_of_w8a8_add_up_exactly(backend: str) -> None:
+    """Of inputs in two places: sums of integers, scaled once, are the bits of the whole product."""
+    x, weight = operands(5, 512, 96)
+    whole = tensors.quantize(weight, "int8", activation="int8")
+    wanted = matmul(x, whole, backend=backend, out_dtype=jnp.float32)
+    rows, scales = tensors.quantize_rows(x, "int8")
+    total = jnp.zeros_like(wanted)
+    for part in (slice(0, 256), slice(256, None)):
+        piece = replace(whole, values=whole.values[:, part])
+        total += unscaled(rows[:, part], piece, backend=backend, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(total * whole.scales * scales[:, None], wanted)
 
 
 def test_a_cpu_without_vnni_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

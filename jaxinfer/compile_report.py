@@ -7,6 +7,7 @@ can be compiled all the same; the report says so.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -125,6 +126,7 @@ def report(
         }
         found_memory = _memory(request, sizes, programs)
     return {
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "model": request.name,
         "device": _device(request.piece),
         "mesh": str(mesh),

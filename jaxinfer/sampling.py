@@ -20,7 +20,7 @@ from jax import lax
 from jaxinfer.logprobs import best_logprobs, log_normalizers
 from jaxinfer.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from jaxinfer.truncation import masked_weights, top_k_threshold, top_p_threshold, vocabulary_group_sums
-from jaxinfer.vocabulary_passes import group_width, largest
+from jaxinfer.vocabulary_passes import cumulative_sums, group_width, largest
 from sharding.vocabulary import UNUSED_ID, Vocabulary
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -358,7 +358,7 @@ def _draw_bits(seed: jax.Array, position: jax.Array) -> jax.Array:
 def _invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """weights f32[slots, n] >= 0, uniform f32[slots] in [0, 1) -> first index whose cumulative sum exceeds
     uniform x total; never one of weight 0, whatever the rounding."""
-    sums = jnp.cumsum(weights, axis=1)
+    sums = cumulative_sums(weights)
     hit = (sums > (uniform * sums[:, -1])[:, None]) & (weights > 0)
     index = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
     first = jnp.min(jnp.where(hit, index, UNUSED_ID), axis=1)

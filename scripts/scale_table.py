@@ -2,8 +2,8 @@
 
     make scale            # needs libtpu (make accelerators), and no TPU; hours on a laptop
 
-Every program's report is kept in build/scale as soon as it is there; --reuse takes it from there. Exits 1 where a bar
-is missed or a program does not compile.
+Every program's report is kept in benchmarks/results/scale as soon as it is there; --reuse takes it from there. Exits 1
+where a bar is missed or a program does not compile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxinfer.compile_report import report, request_of
 from jaxinfer.config import ConfigError, EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, KEPT = ROOT / "docs" / "scale.md", ROOT / "build" / "scale"
+PAGE, KEPT = ROOT / "docs" / "scale.md", ROOT / "benchmarks" / "results" / "scale"
 GIB = 1 << 30
 CHUNK = 8192
 
@@ -254,7 +254,7 @@ def bars_table(checked: list[Bar]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="PART", help="programs whose name holds this")
-    parser.add_argument("--reuse", action="store_true", help="what build/scale holds is not compiled again")
+    parser.add_argument("--reuse", action="store_true", help="compile only what no report is kept of")
     parser.add_argument("--print", action="store_true", help="print the tables; leave the page as it is")
     args = parser.parse_args()
     if args.only and not args.print:

@@ -324,14 +324,16 @@ def _items(plan: Plan, batch: Batch, *, lowest: jax.Array, highest: jax.Array, *
     used = (num_tokens > 0) & (pages > 0)  # tokens before row 0 see nothing
     steps = jnp.where(used, -(-pages // plan.pages_per_step), 0)
     index = jnp.arange(len(seq), dtype=jnp.int32)
-    nearest = lax.cummin(jnp.where(used, index, len(seq)), reverse=True)  # the first used item from here on
-    following = jnp.append(nearest[1:], len(seq))
+    # Pairs of items, not cumulative sums: those XLA:TPU writes out, a hundred times as long.
+    after = used[None, :] & (index[None, :] > index[:, None])
+    following = jnp.min(jnp.where(after, index[None, :], len(seq)), axis=1)
+    steps_before = jnp.sum(jnp.where(index[None, :] < index[:, None], steps[None, :], 0), axis=1, dtype=jnp.int32)
     return Items(
         **{name: field.astype(jnp.int32) for name, field in fields.items()},
         num_tokens=jnp.where(used, num_tokens, 0).astype(jnp.int32),
         end_row=end_row.astype(jnp.int32),
         first_page=first_page,
-        slot=(jnp.cumsum(steps) - steps) % kernel.SLOTS,
+        slot=steps_before % kernel.SLOTS,
         following=jnp.where(following < len(seq), following, -1).astype(jnp.int32),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import vocabulary_passes
-from jaxinfer.vocabulary_passes import LANES, group_width, grouped_sum, largest, several_largest
+from jaxinfer.vocabulary_passes import LANES, cumulative_sums, group_width, grouped_sum, largest, several_largest
 
 WIDTHS = (1, 20, 127, 128, 300, 4096, 9000)
 
@@ -89,3 +89,11 @@ def test_indices_stay_inside_rows_of_nan(layout: bool) -> None:
     x[1, 7] = 1.0
     _, indices = jax.jit(several_largest, static_argnums=1)(x, 5)
     assert (np.asarray(indices) >= 0).all() and (np.asarray(indices) < 30).all()
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_cumulative_sums(layout: bool, columns: int) -> None:
+    whole = np.random.default_rng(0).integers(0, 100, (3, columns)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(cumulative_sums)(whole), np.cumsum(whole, axis=1))
+    broken = np.random.default_rng(0).random((3, columns), np.float32)
+    np.testing.assert_allclose(jax.jit(cumulative_sums)(broken), np.cumsum(broken, axis=1, dtype=np.float64), rtol=1e-5)

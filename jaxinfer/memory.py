@@ -44,7 +44,7 @@ def pages_per_group(model: ModelConfig, config: EngineConfig, length: int) -> tu
     )
     budget = config.kv_memory_bytes
     if budget is None:
-        budget = _device_memory_bytes(mesh.num_devices) // 4
+        budget = kv_budget(mesh.num_devices)
     if budget < least_bytes:
         raise ConfigError(
             f"kv_memory_bytes={budget} is too little: one sequence of max_model_len={length} needs {least_bytes} "
@@ -63,8 +63,15 @@ def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int, pag
     return math.ceil(rows / page_size) + (0 if group.window is None else 2)  # pages slide out late
 
 
+def kv_budget(num_devices: int) -> int:
+    """Bytes for K/V pages of one of the devices that engines of this process use: a quarter of its memory.
+
+    Devices of a CPU share its memory.
+    """
+    return _device_memory_bytes(num_devices) // 4
+
+
 def _device_memory_bytes(num_devices: int) -> int:
-    """Of one of them; devices of a CPU share its memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -127,12 +128,16 @@ def _serve(args: argparse.Namespace) -> int:
     def make_engine(report: Any, replica: int | None = None) -> Any:
         team.join()
         from jaxinfer.engine import Engine
+        from jaxinfer.memory import kv_budget
 
         progress.say(f"loading {args.model}" + ("" if replica is None else f" as replica {replica}"))
-        devices = None
+        devices, config = None, engine_config
         if replica is not None:
-            devices = replica_devices(replica, server_config.replicas, engine_config.mesh_sizes.num_devices)
-        engine = Engine(args.model, engine_config, devices=devices, progress=report, **team.engine_options())
+            size, count = engine_config.mesh_sizes.num_devices, server_config.replicas
+            devices = replica_devices(replica, count, size)
+            if config.kv_memory_bytes is None:
+                config = replace(config, kv_memory_bytes=kv_budget(size * count))
+        engine = Engine(args.model, config, devices=devices, progress=report, **team.engine_options())
         progress.say("loaded; compiling")
         return engine
 

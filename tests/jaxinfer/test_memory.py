@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfer.batch import empty_state, limits_of
 from jaxinfer.config import ConfigError, EngineConfig, LayerSpec, ModelConfig, NormSpec
-from jaxinfer.memory import max_model_len, pages_per_group
+from jaxinfer.memory import kv_budget, max_model_len, pages_per_group
 from jaxinfer.programs import slot_buckets
 
 # 2 KV heads x 8 x (K, V) x 4 bytes = 128 bytes per token and layer; a page of 16 tokens is 2048 bytes per layer
@@ -86,3 +86,9 @@ def test_slot_buckets(slots: int, buckets: list[int]) -> None:
 
 def test_prefill_buckets_cover_the_budget() -> None:
     assert EngineConfig(min_prefill_bucket=32, max_num_batched_tokens=200).prefill_buckets == (32, 64, 128, 256)
+
+
+def test_devices_of_a_cpu_share_its_memory_between_engines_too() -> None:
+    """Two replicas over two devices each budget for four."""
+    assert kv_budget(4) == kv_budget(1) // 4
+    assert kv_budget(1) > 1 << 28

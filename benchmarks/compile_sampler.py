@@ -3,7 +3,8 @@
     make accelerators
     PYTHONPATH=.venv/accelerators TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python benchmarks/compile_sampler.py
 
-Prints wall time of both layouts (jaxinfer/vocabulary_passes.py) and their ratio, of the whole sampler and its parts.
+Prints wall time of both layouts (jaxinfer/vocabulary_passes.py, pallas_kernels/reductions.py) and their ratio, of the
+whole sampler and its parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import sampling, truncation, vocabulary_passes
-from pallas_kernels.devices import named
+from pallas_kernels import devices
 from sharding.topology import compile_for
 
 
@@ -49,13 +50,13 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    device = named(args.device)
+    device = devices.named(args.device)
     compile_for(device, jnp.tanh, jnp.ones(8))  # the first one starts the compiler
     for name, (function, shapes) in parts(args.columns, args.slots).items():
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(args.repeats):
             for for_cpu in (True, False):
-                with mock.patch.object(vocabulary_passes, "on_cpu", lambda for_cpu=for_cpu: for_cpu):
+                with mock.patch.object(devices, "on_cpu", lambda for_cpu=for_cpu: for_cpu):
                     jax.clear_caches()
                     seconds[for_cpu].append(compile_for(device, function, *shapes).seconds)
         slow, fast = (statistics.median(seconds[for_cpu]) for for_cpu in (True, False))

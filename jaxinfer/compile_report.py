@@ -126,7 +126,7 @@ def report(
         }
         found_memory = _memory(request, sizes, programs)
     return {
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": versions(),
         "model": request.name,
         "device": _device(request.piece),
         "mesh": str(mesh),
@@ -140,6 +140,16 @@ def report(
         "memory": found_memory,
         "programs": programs,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of what compiles; None where a package does not say."""
+    found: dict[str, str | None] = {"jax": jax.__version__}
+    try:
+        found["libtpu"] = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:  # a nightly build has another name
+        found["libtpu"] = None
+    return found
 
 
 def _device(piece: Slice) -> dict[str, Any]:

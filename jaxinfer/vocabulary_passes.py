@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.reductions import on_cpu
+from pallas_kernels import devices
 
 GROUP_SIZE = 32  # slices added up per pass, about
 LANES = 128  # of a TPU's vector register
@@ -32,7 +32,7 @@ def group_width(vocab_size: int) -> int:
 def grouped_sum(x: jax.Array, weigh: Callable[[jax.Array], jax.Array], width: int) -> jax.Array:
     """Sum of weigh(slice) over the slices of x [rows, columns], each `width` wide -> [rows, width], in their order."""
     num_whole = x.shape[1] // width
-    total = (_written_out if on_cpu() else _in_a_loop)(x, weigh, width, num_whole)
+    total = (_written_out if devices.on_cpu() else _in_a_loop)(x, weigh, width, num_whole)
     if x.shape[1] % width:
         rest = weigh(x[:, num_whole * width :])
         rest = jnp.pad(rest, ((0, 0), (0, width - rest.shape[1])))
@@ -49,7 +49,7 @@ def largest(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     is looked for, for a vectorized maximum may drop it.
     """
     best = jnp.max(x, axis=1)
-    if not on_cpu():
+    if not devices.on_cpu():
         return best.astype(jnp.float32), _first(x == best[:, None]), jnp.any(x != x, axis=1)
     columns, width = x.shape[1], group_width(x.shape[1])
     index = jnp.full((x.shape[0], width), columns, jnp.int32)
@@ -69,7 +69,7 @@ def several_largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     lowest index first among equals. NaN counts for nothing in particular.
     """
     x = x.astype(jnp.float32)
-    if on_cpu():
+    if devices.on_cpu():
         return lax.top_k(x, count)
     ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
 
@@ -93,7 +93,7 @@ def cumulative_sums(x: jax.Array) -> jax.Array:
     256 x 4,224. There each register's lanes are multiplied by a triangle of ones, and the registers' sums by another.
     """
     rows, columns = x.shape
-    if on_cpu() or columns <= LANES:
+    if devices.on_cpu() or columns <= LANES:
         return jnp.cumsum(x, axis=1)
     count = -(-columns // LANES)
     lanes = jnp.pad(x, ((0, 0), (0, count * LANES - columns))).reshape(rows, count, LANES)

@@ -80,6 +80,11 @@ def current() -> Device:
     return of_kind(device.device_kind, device.platform, getattr(device, "compute_capability", None))
 
 
+def on_cpu() -> bool:
+    """Whether what is traced is for a CPU."""
+    return current().platform == "cpu"
+
+
 def of_kind(kind: str, platform: str, capability: str | None = None) -> Device:
     """The device of jax's `device_kind`; one that no table names gets the figures of its platform's smallest.
 

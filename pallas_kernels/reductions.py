@@ -18,14 +18,9 @@ from pallas_kernels import devices
 LANES = 16  # of the widest vectors of a CPU, in float32
 
 
-def on_cpu() -> bool:
-    """Whether what is traced is for a CPU."""
-    return devices.current().platform == "cpu"
-
-
 def row_sums(x: jax.Array) -> jax.Array:
     """`x f32[..., n]` -> `f32[...]`."""
-    if not on_cpu():
+    if not devices.on_cpu():
         return jnp.sum(x, axis=-1)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:  # a one-row dot adds in yet another order
@@ -38,11 +33,11 @@ def row_sums(x: jax.Array) -> jax.Array:
 
 
 def softmax(x: jax.Array) -> jax.Array:
-    """`x f32[..., n]` -> the same shape, along the last axis. A maximum has no order; the sum is `row_sums`.
+    """`x f32[..., n]` -> the same shape, along the last axis. On a CPU the sum is `row_sums`; a maximum has no order.
 
     The barrier keeps XLA:CPU from fusing the maximum with the exponential, whose last bit then depends on the rows.
     """
-    if not on_cpu():
+    if not devices.on_cpu():
         return jax.nn.softmax(x)
     highest = lax.optimization_barrier(jnp.max(x, axis=-1, keepdims=True))
     raised = in_lanes(jnp.exp, x - highest)
@@ -51,7 +46,7 @@ def softmax(x: jax.Array) -> jax.Array:
 
 def in_lanes(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """`function`, elementwise, of `x [...]` in whole vectors, so that a few numbers are treated as many are."""
-    if not on_cpu():
+    if not devices.on_cpu():
         return function(x)
     whole = jnp.pad(x.reshape(-1), (0, -x.size % LANES), constant_values=1)
     return lax.optimization_barrier(function(lax.optimization_barrier(whole)))[: x.size].reshape(x.shape)

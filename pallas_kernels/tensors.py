@@ -271,15 +271,17 @@ def quantize_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """`x [..., n]` -> values of the same shape (int4's in int8) and `f32[...]` scales: W8A8's activations, K/V rows.
 
-    A row's largest magnitude becomes the largest value. NaN stays NaN, through the scale; a row of zeros has scale 1.
+    A row's largest magnitude becomes the largest value; a row of zeros has scale 1. One that holds NaN or inf becomes
+    zeros of scale NaN, so that all that is made of it is NaN.
     `largest`: of the magnitudes `f32[...]` here those of whole rows, where the rest of `x` is on other devices.
     """
     name = _stored_name(dtype)
     wide = x.astype(jnp.float32)
-    highest = jnp.max(jnp.abs(wide), axis=-1)
+    strange = jnp.any(wide != wide, axis=-1)  # NaN, which a maximum may drop: XLA:CPU's does
+    highest = jnp.where(strange, jnp.inf, jnp.max(jnp.abs(wide), axis=-1))
     if largest is not None:
         highest = largest(highest)
-    scales = _scale_of(highest, name)
+    scales = _scale_of(jnp.where(jnp.isinf(highest), jnp.nan, highest), name)
     return _rounded(jnp.nan_to_num(wide / scales[..., None]), name), scales
 
 

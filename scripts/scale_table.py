@@ -2,8 +2,9 @@
 
     make scale            # needs libtpu (make accelerators), and no TPU; hours on a laptop
 
-Every program's report is kept in benchmarks/results/scale as soon as it is there; --reuse takes it from there. Exits 1
-where a bar is missed or a program does not compile.
+Every program's report is kept in benchmarks/results/scale as soon as it is there; --reuse takes from there what the
+same jax and libtpu have compiled, whatever our own code was then. Exits 1 where a bar is missed or a program does not
+compile.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from doc_tables import replaced, table
 
-from jaxinfer.compile_report import report, request_of
+from jaxinfer.compile_report import report, request_of, versions
 from jaxinfer.config import ConfigError, EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,7 +255,7 @@ def bars_table(checked: list[Bar]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="PART", help="programs whose name holds this")
-    parser.add_argument("--reuse", action="store_true", help="compile only what no report is kept of")
+    parser.add_argument("--reuse", action="store_true", help="compile only what these versions have not")
     parser.add_argument("--print", action="store_true", help="print the tables; leave the page as it is")
     args = parser.parse_args()
     if args.only and not args.print:
@@ -266,7 +267,9 @@ def main() -> int:
         kept = KEPT / f"{row.key}.json"
         if args.reuse and kept.exists():
             found[row] = json.loads(kept.read_text())
-            continue
+            if found[row]["versions"] == versions():
+                continue
+            say(f"{row.key}: compiled by {found[row]['versions']}, not {versions()}: again")
         try:
             found[row] = made(row, say)
         except ConfigError as error:

@@ -106,17 +106,18 @@ class Shards:
             return function(self.all_tokens(x))
         return self._gathered(x, function)
 
-    def leaving(self, x: jax.Array, function: Callable[[jax.Array], jax.Array], axis: str) -> jax.Array:
+    def leaving(self, x: Any, function: Callable[[Any], jax.Array], axis: str) -> jax.Array:
         """The sum over the parts of `axis` of `function(x)`, row by row as in `entering`; each device gets its run.
 
-        `x [tokens, part]` -> `[tokens of this device's run, ...]`, or all of them where tokens are not split.
+        `x [tokens, ...]`, or several such arrays -> `[tokens of this device's run, ...]`, or all of them where tokens
+        are not split.
         """
         count = self.token_shards
         if count == 1:
             return self.sum(function(x), axis)
         names = self.names(axis)
         assert names == self.names("heads"), f"{axis} is split over {names}, tokens over {self.names('heads')}"
-        rows = x.shape[0] // count
+        rows = jax.tree.leaves(x)[0].shape[0] // count
         if count % 2 or rows < self.ring_rows:
             return lax.psum_scatter(function(x), names, scatter_dimension=0, tiled=True)
         return self._scattered(x, function, rows)
@@ -168,15 +169,19 @@ class Shards:
         pair, whole = lax.fori_loop(0, last, turn, (pair, whole))
         return multiplied(last, pair, whole)
 
-    def _scattered(self, x: jax.Array, function: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+    def _scattered(self, x: Any, function: Callable[[Any], jax.Array], rows: int) -> jax.Array:
         """A run's sum travels once round the ring, in halves that go opposite ways, while the next is multiplied."""
         (axes, forward, backward), me, count, half = self._ring, self.index("heads"), self.token_shards, rows // 2
 
         def pieces(step: Any) -> tuple[jax.Array, jax.Array]:
             """This device's share of the two halves that are here at a step."""
-            first = lax.dynamic_slice_in_dim(x, (me - 1 - step) % count * rows, half)
-            second = lax.dynamic_slice_in_dim(x, (me + 1 + step) % count * rows + half, rows - half)
-            product = function(jnp.concatenate([first, second]))
+            first, second = (me - 1 - step) % count * rows, (me + 1 + step) % count * rows + half
+
+            def both(x: jax.Array) -> jax.Array:
+                parts = (first, half), (second, rows - half)
+                return jnp.concatenate([lax.dynamic_slice_in_dim(x, start, size) for start, size in parts])
+
+            product = function(jax.tree.map(both, x))
             return product[:half], product[half:]
 
         def turn(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

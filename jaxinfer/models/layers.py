@@ -20,7 +20,7 @@ from jaxinfer.config import ActivationSpec, LayerSpec, ModelConfig, NormSpec
 from jaxinfer.models import weight_format
 from jaxinfer.models.quantized_checkpoint import abstract_weight
 from jaxinfer.rope import DynamicScaling, LongScaling, RopeSpec
-from pallas_kernels.matmul import matmul, unscaled
+from pallas_kernels.matmul import matmul, matmul_rows
 from pallas_kernels.reductions import row_sums
 from pallas_kernels.tensors import QuantizedTensor, quantize_rows
 from sharding.shards import ALONE, Shards
@@ -96,26 +96,31 @@ class Linear(nnx.Module):
         if not self.shards.names(self.in_axis):
             product = multiply(x)
         elif isinstance(weight, QuantizedTensor) and weight.activation is not None:
-            product = self._scaled_sum(x, weight).astype(dtype)
+            product = self._quantized_sum(x, weight, dtype)
         else:
             product = self.shards.leaving(x, multiply, self.in_axis)
         if not self.has_bias:
             return product
         return (product + self.bias[...]).astype(x.dtype)
 
-    def _scaled_sum(self, x: jax.Array, weight: QuantizedTensor) -> jax.Array:
-        """W8A8 of split inputs, f32: a row's scale is that of all its inputs, and is applied to the sum."""
+    def _quantized_sum(self, x: jax.Array, weight: QuantizedTensor, dtype: jnp.dtype) -> jax.Array:
+        """W8A8 of split inputs: a row's scale is that of all its inputs, wherever its part is multiplied.
+
+        Sums in float32 are scaled at the end; in bfloat16, where they are not exact, that would be one more rounding.
+        """
         assert weight.activation is not None and weight.scales is not None
         highest = partial(self.shards.max, axis=self.in_axis)
         rows, scales = quantize_rows(x, weight.activation, largest=highest)
-        multiply = partial(_unscaled_product, weight=weight, backend=self.backend, out_dtype=x.dtype)
-        total = self.shards.leaving(rows, multiply, self.in_axis).astype(jnp.float32)
+        multiply = partial(_rows_product, weight=weight, dtype=x.dtype, out_dtype=dtype, backend=self.backend)
+        if dtype != jnp.float32:
+            return self.shards.leaving((rows, scales), lambda part: multiply(*part), self.in_axis)
+        total = self.shards.leaving(rows, lambda part: multiply(part, None), self.in_axis)
         return total * weight.scales.astype(jnp.float32) * self.shards.own_tokens(scales)[:, None]
 
 
 # Traced once for all layers that are alike, as attention is (`forward`): a quantized product is a kernel.
 _product = jax.jit(matmul, inline=True, static_argnames=("backend", "invariant", "out_dtype"))
-_unscaled_product = jax.jit(unscaled, inline=True, static_argnames=("backend", "out_dtype"))
+_rows_product = jax.jit(matmul_rows, inline=True, static_argnames=("backend", "dtype", "out_dtype"))
 
 
 class Norm(nnx.Module):
@@ -307,7 +312,8 @@ def activate(x: jax.Array, spec: ActivationSpec) -> jax.Array:
         case "gelu":
             return jax.nn.gelu(x, approximate=False)
         case "gelu_tanh":
-            return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))  # 1 + tanh cancels far below zero
+            # x / 2 * (1 + tanh(y)) as x * sigmoid(2 y): far below zero, 1 + tanh has no digits left.
+            return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     raise ValueError(f"{spec.name} needs a gate")
 
 

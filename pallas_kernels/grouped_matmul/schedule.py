@@ -27,15 +27,17 @@ def schedule(group_sizes: jax.Array, num_rows: int, tile_rows: int) -> Schedule:
     Pieces lie between neighbouring cuts: the starts of tiles, the starts of groups, and the end of the last group.
     """
     num_tiles = -(-num_rows // tile_rows)
-    ends = jnp.cumsum(group_sizes)
+    # Of pairs, not cumulative sums and searches: XLA:TPU writes those out.
+    group = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)
+    ends = jnp.sum(jnp.where(group[:, None] >= group[None, :], group_sizes[None, :], 0), axis=1, dtype=jnp.int32)
     tile_starts = jnp.arange(num_tiles, dtype=jnp.int32) * tile_rows
     start = jnp.sort(jnp.concatenate([tile_starts, ends - group_sizes, ends[-1:]]))
     following = jnp.concatenate([start[1:], jnp.array([num_rows], jnp.int32)])
     last = ends[-1] - 1  # the last row of any group: from there on, its weight stays
-    group = jnp.searchsorted(ends, jnp.minimum(start, last), side="right").astype(jnp.int32)
+    ended = jnp.sum(jnp.minimum(start, last)[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
     return Schedule(
         tile=jnp.minimum(start // tile_rows, num_tiles - 1),
-        group=jnp.clip(group, 0, group_sizes.shape[0] - 1),
+        group=jnp.minimum(ended, group_sizes.shape[0] - 1),
         start=start,
         stop=jnp.where(start > last, start, following),
     )

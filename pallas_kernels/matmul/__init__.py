@@ -62,22 +62,28 @@ def matmul(
     return (_multiply(x, weight.core(), backend, _F32, device, invariant) + beside).astype(result)
 
 
-def unscaled(
+def matmul_rows(
     rows: jax.Array,
+    row_scales: jax.Array | None,
     weight: QuantizedTensor,
     *,
-    backend: str = "auto",
+    dtype: DTypeLike,
     out_dtype: DTypeLike,
+    backend: str = "auto",
     device: Device | None = None,
 ) -> jax.Array:
-    """W8A8's `rows [rows, in]`, as `quantize_rows` made them, times the values of `weight [out, in]`, without scales.
+    """W8A8's product of rows that `quantize_rows` made of an x of `dtype`, for inputs that lie on several devices.
 
-    Where devices have some of the inputs each: they add up these, and scale the sum. Then it rounds as one device's
-    product does, for float32 holds the sums of integers exactly, up to 2**24.
+    `rows [rows, in]`, `row_scales f32[rows]`, `weight [out, in]` -> `[rows, out]`. `row_scales` None: the product of
+    the values alone, without the weight's scales either. Of int8 those are sums of integers, which float32 holds
+    exactly up to 2**24: devices may add theirs up, and what is scaled then has the bits of one device's product.
     """
     assert weight.activation is not None and weight.outlier_columns is None and weight.scales is not None
-    plain, ones = replace(weight, scales=jnp.ones_like(weight.scales)), jnp.ones(rows.shape[0], _F32)
-    return _multiply(rows, plain, backend, jnp.dtype(out_dtype), device or devices.current(), False, ones)
+    if row_scales is None:
+        weight = replace(weight, scales=jnp.ones_like(weight.scales))
+        row_scales = jnp.ones(rows.shape[0], _F32)
+    names = jnp.dtype(dtype), jnp.dtype(out_dtype)
+    return _run(rows, weight, backend, *names, device or devices.current(), row_scales=row_scales)
 
 
 def _multiply(
@@ -87,13 +93,29 @@ def _multiply(
     out_dtype: jnp.dtype,
     device: Device,
     invariant: bool,
-    row_scales: jax.Array | None = None,
 ) -> jax.Array:
     """What a backend's `run` serves: any weight without zero points and outliers.
 
-    With activation quantization it gets `x` as int8 or fp8, and `row_scales f32[rows]` to multiply the product by:
-    those given here, where the rows are quantized already.
+    With activation quantization it gets `x` as int8 or fp8, and `row_scales f32[rows]` to multiply the product by.
     """
+    dtype, row_scales = x.dtype, None
+    if isinstance(weight, QuantizedTensor) and weight.activation is not None:
+        x, row_scales = tensors.quantize_rows(x, weight.activation)
+    return _run(x, weight, backend, dtype, out_dtype, device, row_scales=row_scales, invariant=invariant)
+
+
+def _run(
+    x: jax.Array,
+    weight: jax.Array | QuantizedTensor,
+    backend: str,
+    dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+    device: Device,
+    *,
+    row_scales: jax.Array | None,
+    invariant: bool = False,
+) -> jax.Array:
+    """By the backend that takes it. `dtype`: of x before it was quantized."""
     promise = {"invariant": True} if invariant else {}
     _, module = OP.choose(
         backend,
@@ -101,13 +123,11 @@ def _multiply(
         **promise,
         in_size=x.shape[1],
         out_size=weight.shape[0],
-        dtype=x.dtype.name if row_scales is None else out_dtype.name,
+        dtype=dtype.name,
         out_dtype=out_dtype.name,
         format=weight.format if isinstance(weight, QuantizedTensor) else "dense",
         device=device,
     )
-    if isinstance(weight, QuantizedTensor) and weight.activation is not None and row_scales is None:
-        x, row_scales = tensors.quantize_rows(x, weight.activation)
     run = module.run_invariant if invariant else module.run
     return run(x, weight, row_scales=row_scales, out_dtype=out_dtype, device=device)
 

@@ -61,9 +61,7 @@ WEIGHTS = {
     "fp8 blocks": 1 / 40,
     "w8a8 int8": 1 / 12,
 }
-ROUNDED = (
-    5e-3  # of the largest logit: eight-bit activations of experts, which a rounding error apart fall to another step
-)
+ROUNDED = 5e-3  # of the largest logit: experts' eight-bit activations, which a rounding error tips to another step
 
 
 def write_quantized(directory: Path, scheme: str, architecture: str = "llama") -> Path:
@@ -135,10 +133,8 @@ def test_quantized_activations_in_rings(zoo: Zoo) -> None:
     ],
 )
 def test_quantized_experts(zoo: Zoo, scheme: str, mesh: str) -> None:
-    directory = zoo.path("mixtral").parent / f"quantized-experts-{scheme}"
-    check_quantized(
-        write_quantized(directory, scheme, "mixtral"), mesh, bar=ROUNDED if "w8a8" in scheme else LOGITS_BAR
-    )
+    directory = write_quantized(zoo.path("mixtral").parent / f"quantized-experts-{scheme}", scheme, "mixtral")
+    check_quantized(directory, mesh, bar=ROUNDED if "w8a8" in scheme else LOGITS_BAR)
 
 
 def check_quantized(directory: Path, mesh: str, *, bar: float = LOGITS_BAR, **options: Any) -> None:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer import vocabulary_passes
 from jaxinfer.request import MAX_TOP_LOGPROBS, SamplingParams
 from jaxinfer.sampling import (
     SampleResult,
@@ -28,6 +27,7 @@ from jaxinfer.sampling import (
 )
 from jaxinfer.truncation import top_k_threshold, top_p_threshold
 from jaxinfer.vocabulary_passes import group_width
+from pallas_kernels import devices
 from sharding.vocabulary import Vocabulary
 
 VOCAB = 300
@@ -566,7 +566,7 @@ def test_a_sampled_row_is_the_same_in_either_layout(monkeypatch: pytest.MonkeyPa
     rows[3] = dataclasses.replace(rows[3], logits=np.round(rows[3].logits))  # ties
     results = []
     for on_cpu in (True, False):
-        monkeypatch.setattr(vocabulary_passes, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        monkeypatch.setattr(devices, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
         run_jitted.clear_cache()
         results.append(run_exactly(rows))
     run_jitted.clear_cache()

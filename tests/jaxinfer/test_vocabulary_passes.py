@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import vocabulary_passes
 from jaxinfer.vocabulary_passes import LANES, cumulative_sums, group_width, grouped_sum, largest, several_largest
+from pallas_kernels import devices
 
 WIDTHS = (1, 20, 127, 128, 300, 4096, 9000)
 
 
 @pytest.fixture(params=[True, False], ids=["written out", "in loops"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(vocabulary_passes, "on_cpu", lambda: request.param)
+    monkeypatch.setattr(devices, "on_cpu", lambda: request.param)
     jax.clear_caches()  # else the other layout's programs serve
     return request.param
 
@@ -53,7 +53,7 @@ def test_a_groups_parts_are_added_in_their_order_in_either_layout(monkeypatch: p
     x = np.random.default_rng(0).standard_normal((4, 9000)).astype(np.float32)
     sums = []
     for on_cpu in (True, False):
-        monkeypatch.setattr(vocabulary_passes, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        monkeypatch.setattr(devices, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
         sums.append(jax.jit(lambda x: grouped_sum(x, lambda part: part, group_width(9000)))(x))
     np.testing.assert_array_equal(*sums)
 

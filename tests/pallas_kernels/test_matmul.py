@@ -15,7 +15,7 @@ import pytest
 
 from pallas_kernels import devices, tensors
 from pallas_kernels.dispatch import BackendError
-from pallas_kernels.matmul import OP, llvm_cpu, llvm_tiles, matmul, unscaled
+from pallas_kernels.matmul import OP, llvm_cpu, llvm_tiles, matmul, matmul_rows
 from pallas_kernels.native import handler, jit
 
 ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 33)
@@ -324,8 +324,17 @@ def test_parts_of_w8a8_add_up_exactly(backend: str) -> None:
     total = jnp.zeros_like(wanted)
     for part in (slice(0, 256), slice(256, None)):
         piece = replace(whole, values=whole.values[:, part])
-        total += unscaled(rows[:, part], piece, backend=backend, out_dtype=jnp.float32)
+        total += matmul_rows(rows[:, part], None, piece, dtype=x.dtype, out_dtype=jnp.float32, backend=backend)
     np.testing.assert_array_equal(total * whole.scales * scales[:, None], wanted)
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+def test_rows_that_are_quantized_already(activation: str) -> None:
+    x, weight = operands(5, 512, 96)
+    whole = tensors.quantize(weight, activation, activation=activation)
+    rows, scales = tensors.quantize_rows(x, activation)
+    got = matmul_rows(rows, scales, whole, dtype=x.dtype, out_dtype=x.dtype)
+    np.testing.assert_array_equal(got, matmul(x, whole))
 
 
 def test_a_cpu_without_vnni_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,18 @@ def test_rows_of_zeros_and_of_nan() -> None:
     assert scales[0] == 1 and not np.any(values[0]) and np.isnan(scales[1])
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("width", [5, 64, 2048])
+def test_no_row_loses_what_is_no_number(width: int, broken: float) -> None:
+    """Compiled, a maximum of many drops NaN."""
+    x = np.array(normal(16, width))
+    for column in range(0, width, 1 + width // 7):
+        x[column % 16, column] = broken
+    values, scales = jax.jit(lambda x: tensors.quantize_rows(x, "int8"))(x)
+    np.testing.assert_array_equal(np.isnan(scales), ~np.isfinite(x).all(axis=1))
+    assert not np.any(values[np.isnan(scales)])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

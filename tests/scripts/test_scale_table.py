@@ -36,7 +36,8 @@ def found(**changes: Any) -> dict[str, Any]:
     }
     capacity = [{"length": length, "sequences": 5} for length in (2048, 8192)]
     sizes = dict.fromkeys(("weight_bytes", "kv_bytes", "temporary_bytes", "headroom_bytes"), GIB)
-    return {"memory": {**sizes, "limit_bytes": 32 * GIB, "capacity": capacity}, "programs": {"x": program}}
+    memory = {**sizes, "limit_bytes": 32 * GIB, "capacity": capacity}
+    return {"versions": scale_table.versions(), "memory": memory, "programs": {"x": program}}
 
 
 DECODE, PREFILL = Row(SEVENTY_16, 64, 8192, 0), Row(SEVENTY_16, 8, CHUNK, CHUNK)
@@ -113,6 +114,8 @@ def test_what_was_made_is_reused_and_a_missed_bar_fails(
     capsys.readouterr()
     assert scale_table.main() == 1
     assert "**RESOURCE_EXHAUSTED: too much**" in capsys.readouterr().out
+    kept.write_text(json.dumps(found() | {"versions": {"jax": "0.1", "libtpu": "0.1"}}))
+    assert scale_table.main() == 0 and len(made) == 5  # what another compiler said is not taken
 
 
 def test_a_part_of_the_tables_does_not_go_into_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

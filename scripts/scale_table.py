@@ -206,7 +206,7 @@ class Bar:
 
 
 def bars(found: dict[Row, dict[str, Any]]) -> list[Bar]:
-    """The bars of those rows that were made."""
+    """The bars of those rows that were made. Temporaries of other models are named where they are too large."""
     checked: list[Bar] = []
     for row, each in found.items():
         program = program_of(each)
@@ -223,12 +223,24 @@ def bars(found: dict[Row, dict[str, Any]]) -> list[Bar]:
             checked.append(
                 Bar(f"{name(row)}: time to compile", f"<= {limit_s} s", f"{seconds:.0f} s", seconds <= limit_s)
             )
+    shares = {row: temporary_share(each) for row, each in found.items() if "error" not in program_of(each)}
+    others = {row: share for row, share in shares.items() if row.setup != SEVENTY_16 and not row.chunk}
+    checked += [
+        Bar(f"{name(row)}: temporaries", "< 2% of HBM", f"{share:.2%}", False)
+        for row, share in others.items()
+        if share >= 0.02
+    ]
     return checked
+
+
+def temporary_share(found: dict[str, Any]) -> float:
+    """Of a device's memory."""
+    return float(program_of(found)["temporary_bytes"] / found["memory"]["limit_bytes"])
 
 
 def decode_bars(row: Row, found: dict[str, Any], program: dict[str, Any], layers: int) -> list[Bar]:
     sums = sum(line["count"] for line in of_step(program) if line["kind"] == "all-reduce")
-    share = program["temporary_bytes"] / found["memory"]["limit_bytes"]
+    share = temporary_share(found)
     copied = sorted({copy["argument"] for copy in program["copies"]})
     most = 2 * layers + 1
     return [

@@ -66,6 +66,14 @@ def test_a_bar_that_is_missed_is_marked(row: Row, changes: dict[str, Any], what:
     assert "**missed**" in scale_table.bars_table([missed])
 
 
+def test_large_temporaries_of_any_decode_program_are_named() -> None:
+    row = Row(SETUPS[0], 64, 2048, 0)
+    [missed] = scale_table.bars({row: found(temporary_bytes=GIB)})
+    assert not missed.kept and missed.what == "llama-3.1-8b, bfloat16, v5e:2x2, decode 64 x 2,048: temporaries"
+    assert scale_table.bars({row: found()}) == []
+    assert scale_table.bars({Row(SETUPS[0], 8, CHUNK, CHUNK): found(temporary_bytes=GIB)}) == []
+
+
 def test_the_models_and_slices_of_the_table() -> None:
     keys = [row.key for setup in SETUPS for row in scale_table.rows_of(setup)]
     assert len(set(keys)) == len(keys)

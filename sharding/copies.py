@@ -1,6 +1,7 @@
 """What a compiled program copies: instructions that write an argument, or an array of some shape, anew in main memory.
 
-Hides where a value comes from: through loops, tuples, other layouts, and kernels that update their operands in place.
+Hides where a value comes from: through loops, tuples, other layouts, slices fetched into fast memory, and kernels that
+update their operands in place.
 """
 
 from __future__ import annotations
@@ -88,6 +89,9 @@ def _argument(program: Program, computation: str, name: str, depth: int) -> Inst
     if line.opcode in _SAME_VALUE:
         return _argument(program, computation, line.operands[0], depth + 1)
     if line.opcode == "custom-call":
+        fetched = _fetched_in_slices(program, computation, line)
+        if fetched is not None:
+            return _argument(program, computation, fetched, depth + 1)
         return _updated(program, computation, line, None, depth)
     if line.opcode == "fusion" and not _writes_whole(program, line):
         lines = program.module.computations[computation].by_name
@@ -113,6 +117,15 @@ def _element(program: Program, computation: str, name: str, index: int, depth: i
         home, loop = program.loops[computation]
         return _element(program, home, loop.operands[0], index, depth + 1)
     return None
+
+
+def _fetched_in_slices(program: Program, computation: str, call: Instruction) -> str | None:
+    """The array that slices were fetched of into fast memory, where `call` joins them there; else None."""
+    if call.attribute(r'custom_call_target="(ConcatBitcast)"') is None:
+        return None
+    lines = program.module.computations[computation].by_name
+    done = lines[call.operands[0]]
+    return lines[done.operands[0]].operands[0] if done.opcode == "slice-done" else None
 
 
 def _updated(

@@ -466,11 +466,18 @@ conversion.convert(sys.argv[1], sys.argv[2], jnp.dtype("bfloat16"), progress=wai
 def test_a_run_that_is_killed_leaves_nothing_that_loads(tmp_path: Path, repository: Path, how: signal.Signals) -> None:
     source, out = random_llama(tmp_path / "source"), tmp_path / "out"
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(source), str(out)], cwd=repository, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-X", "faulthandler", "-c", KILLED, str(source), str(out)],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None and child.stdout.readline() == "half\n"
     child.send_signal(how)
-    assert child.wait(timeout=60) != 0
+    try:
+        assert child.wait(timeout=60) != 0
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGABRT)  # says where every thread is
+        raise
     child.stdout.close()
     left = [path for path in tmp_path.iterdir() if path != source]
     assert out not in left and len(left) == (how == signal.SIGKILL)

@@ -364,6 +364,30 @@ def test_a_pool_that_a_kernel_updates_in_a_loop_is_followed_back_to_its_argument
     assert [(each.argument, each.place) for each in found] == ([("state.pool", place)] if place else [])
 
 
+def test_an_array_fetched_in_slices_is_followed_too() -> None:
+    """Into fast memory is no copy; from there into another layout in main memory is one."""
+    halves = [
+        line
+        for i in (0, 1)
+        for line in (
+            f"%s{i} = ((s8[131072]{{0}}), s8[65536]{{0:S(1)}}, s32[]{{:S(2)}}) slice-start(%bytes), "
+            f"slice={{[{65536 * i}:{65536 * (i + 1)}]}}",
+            f"%d{i} = s8[65536]{{0:S(1)}} slice-done(%s{i})",
+        )
+    ]
+    fetched = "bf16[512,128]{1,0:T(8,128)(2,1)S(1)}"
+    program = entry(
+        f'%w = {POOL} parameter(0), metadata={{op_name="up"}}',
+        "%bytes = s8[131072]{0} bitcast(%w)",
+        *halves,
+        f'%j = {fetched} custom-call(%d0, %d1), custom_call_target="ConcatBitcast"',
+        f"%here = {fetched} copy(%j)",
+        "%c = bf16[512,128]{0,1:T(8,128)(2,1)} copy(%j)",
+    )
+    found = copies.copied_arguments(program, lambda name, array: name == "up")
+    assert [(each.argument, each.instruction) for each in found] == [("up", "c")]
+
+
 # ---- programs compiled for a TPU that is not here
 
 

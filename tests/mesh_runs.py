@@ -159,17 +159,17 @@ class Zoo:
         """Greedy requests on one device, with pages for all."""
         config = replace(BASE, **options)
         if (name, config) not in self._alone:
-            self._alone[name, config] = run = serve_once(self.path(name), config, greedy_waves())
-            tokens = [answer.tokens for answer in run.answers.values()]
-            assert all(len(set(each)) >= 6 for each in tokens), f"{name} repeats itself: {tokens}"
+            self._alone[name, config] = serve_once(self.path(name), config, greedy_waves())
         return self._alone[name, config]
 
     def on_mesh(self, name: str, mesh: str, **options: Any) -> Run:
         """Greedy requests on a mesh, tight of pages."""
-        run = serve_once(self.path(name), self.tight(name, mesh, **options), greedy_waves())
+        config = self.tight(name, mesh, **options)
+        run = serve_once(self.path(name), config, greedy_waves())
         assert run.stats is not None and run.stats.cached_prompt_tokens > 0, run.stats
-        if any(layer.window is None for layer in load_config(self.path(name)).layers):  # else pages slide out in time
-            assert run.stats.num_preemptions > 0, run.stats
+        neighbours = config.max_num_seqs > config.mesh_sizes.data  # a slot alone on its shard has none to preempt
+        pages_stay = any(layer.window is None for layer in load_config(self.path(name)).layers)  # else they slide out
+        assert run.stats.num_preemptions > 0 or not (neighbours and pages_stay), run.stats
         return run
 
     def check(self, name: str, mesh: str, **options: Any) -> None:

@@ -450,9 +450,10 @@ def write_zeros(directory: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 import jax.numpy as jnp
 from jaxinfer.models import conversion
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born ignoring it
 conversion.BATCH_BYTES = 100_000
 def wait(name, done, total):
     if done > total / 2:

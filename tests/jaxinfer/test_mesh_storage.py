@@ -79,7 +79,7 @@ def write_quantized(directory: Path, scheme: str, architecture: str = "llama") -
             made, _ = SCHEMES[scheme].write(rng, name.removesuffix(".weight"), *shape)
             tensors |= {key: scaled(value, WEIGHTS[scheme]) if "scale" in key else value for key, value in made.items()}
         else:
-            tensors[name] = drawn(rng, name, shape, 0.0)
+            tensors[name] = drawn(rng, name, shape, model)
     write_tensors(directory / "model.safetensors", tensors)
     quantization: dict[str, Any] = dict(SCHEMES[scheme].config)
     if "config_groups" in quantization:

@@ -28,7 +28,8 @@ test-kernels: accelerators  ## kernels compiled for TPUs and GPUs that are not h
 	@$(ACCELERATORS) $(PYTEST) -m "accelerators and not slow" -n 2 $(PYTEST_ARGS)
 
 test-slow: accelerators  ## the longer cases
-	@$(ACCELERATORS) $(PYTEST) -m slow $(PYTEST_ARGS)
+	@$(ACCELERATORS) $(PYTEST) $(IN_PARALLEL) -m slow -n 2 --dist worksteal $(PYTEST_ARGS)
+	@$(ACCELERATORS) $(PYTEST) $(addprefix --ignore ,$(IN_PARALLEL)) -m slow $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	@.venv/bin/ruff check .

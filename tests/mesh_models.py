@@ -33,7 +33,8 @@ MULTIMODAL = ("gemma3_vision", "gemma3n_vision", "gemma4_vision")
 class Made:
     """A model: the golden directory whose config.json is scaled up, K/V heads, and further fields.
 
-    `sharpness` and `draw` are what they are so that greedy answers vary.
+    `sharpness` and `draw` were chosen so that greedy answers vary, among ones that keep rounding below the bar of
+    mesh_runs.py: others magnify it, on one device against the oracle too.
     """
 
     golden: str
@@ -53,7 +54,7 @@ class Made:
 
 
 FACTORS = {"short_factor": [1.0 + 0.05 * i for i in range(8)], "long_factor": [1.2 + 0.7 * i for i in range(8)]}
-PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}  # of 6, more weights magnify rounding
 MODELS: dict[str, Made] = {
     "llama": Made("llama", 2, {"intermediate_size": 128}),  # tied
     "llama_biased": Made("llama_awkward", 4),  # untied, every linear map with a bias
@@ -137,7 +138,7 @@ def drawn(
         values = rng.normal(0.0, 0.5, shape) * shape[-1] ** -0.5
     elif "modality_router" in name:  # of inputs divided by the hidden size
         values = rng.normal(0.0, 1.0, shape) * shape[-1] ** 0.5
-    elif "per_layer_input_gate" in name:  # else GELU may leave nothing of eight, and their norm only rounding
+    elif "per_layer_input_gate" in name:  # small: what GELU leaves is normed
         values = rng.normal(0.0, 0.3, shape) * shape[-1] ** -0.5
     elif name.endswith(("router.weight", ".gate.weight", "router.proj.weight")):
         values = rng.normal(0.0, 3.0, shape) * shape[-1] ** -0.5

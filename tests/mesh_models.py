@@ -54,7 +54,7 @@ class Made:
 
 
 FACTORS = {"short_factor": [1.0 + 0.05 * i for i in range(8)], "long_factor": [1.2 + 0.7 * i for i in range(8)]}
-PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}  # of 6, more weights magnify rounding
+PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}  # of 6, more draws magnify rounding
 MODELS: dict[str, Made] = {
     "llama": Made("llama", 2, {"intermediate_size": 128}),  # tied
     "llama_biased": Made("llama_awkward", 4),  # untied, every linear map with a bias

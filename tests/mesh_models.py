@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 ALTERNATING = {"layer_types": [SLIDING, FULL] * 2}  # two stages of two layers are alike
+MLP_OUTPUTS = ("down_proj.weight", "c_proj.weight", "w2.weight", "down_proj")  # the last: all experts in one tensor
 MULTIMODAL = ("gemma3_vision", "gemma3n_vision", "gemma4_vision")
 
 
@@ -33,15 +34,13 @@ MULTIMODAL = ("gemma3_vision", "gemma3n_vision", "gemma4_vision")
 class Made:
     """A model: the golden directory whose config.json is scaled up, K/V heads, and further fields.
 
-    `sharpness` and `draw` were chosen so that greedy answers vary, among ones that keep rounding below the bar of
-    mesh_runs.py: others magnify it, on one device against the oracle too.
+    `draw` is the first of whose weights the greedy answers vary (test_mesh_models.py), found without a mesh.
     """
 
     golden: str
     kv_heads: int
     fields: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()  # fields the architecture does not know
-    sharpness: float = 1.0  # of attention
     draw: int = 0  # which of its random weights
 
     def config(self) -> dict[str, Any]:
@@ -54,21 +53,21 @@ class Made:
 
 
 FACTORS = {"short_factor": [1.0 + 0.05 * i for i in range(8)], "long_factor": [1.2 + 0.7 * i for i in range(8)]}
-PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}  # of 6, more draws magnify rounding
+PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
 MODELS: dict[str, Made] = {
     "llama": Made("llama", 2, {"intermediate_size": 128}),  # tied
     "llama_biased": Made("llama_awkward", 4),  # untied, every linear map with a bias
     "llama_mha": Made("llama_awkward", 8, {"attention_bias": False, "mlp_bias": False}),
-    "mistral": Made("mistral", 8, draw=1),  # every layer slides
+    "mistral": Made("mistral", 8),  # every layer slides
     "ministral": Made("ministral", 2, ALTERNATING | {"sliding_window": 24}),
     "mixtral": Made("mixtral", 4, {"num_local_experts": 8}),
     "qwen2": Made("qwen2", 2),  # q, k and v with biases
-    "qwen3": Made("qwen3_awkward", 1, ALTERNATING, sharpness=2.4),  # norms of q's and k's heads
+    "qwen3": Made("qwen3_awkward", 1, ALTERNATING),  # norms of q's and k's heads
     "qwen3_moe": Made("qwen3_moe", 4, {"num_experts": 8, "moe_intermediate_size": 32}),
     "gemma": Made("gemma", 1),
     "gemma2": Made("gemma2_awkward", 4, ALTERNATING),  # untied, soft caps
-    "gemma3": Made("gemma3", 2, ALTERNATING, sharpness=2.0, draw=1),
-    "gemma3_vision": Made("gemma3_vision", 4, ALTERNATING, sharpness=2.0),
+    "gemma3": Made("gemma3", 2, ALTERNATING),
+    "gemma3_vision": Made("gemma3_vision", 4, ALTERNATING),
     # reads the K/V of earlier layers; MLPs of several widths; one layer cuts its gate off
     "gemma3n": Made(
         "gemma3n",
@@ -77,7 +76,7 @@ MODELS: dict[str, Made] = {
         | ALTERNATING
         | {"intermediate_size": [64, 128, 64, 64], "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     ),
-    "gemma3n_vision": Made("gemma3n_vision", 1, PER_LAYER | ALTERNATING | {"intermediate_size": [64] * 4}, draw=10),
+    "gemma3n_vision": Made("gemma3n_vision", 1, PER_LAYER | ALTERNATING | {"intermediate_size": [64] * 4}),
     "gemma4": Made("gemma4", 2, PER_LAYER | ALTERNATING),  # reads the K/V of earlier layers, through wider MLPs
     "gemma4_moe": Made(  # experts beside the MLP; keys as values and other K/V heads in global layers
         "gemma4_awkward",
@@ -88,14 +87,13 @@ MODELS: dict[str, Made] = {
             "moe_intermediate_size": 32,
             "per_layer_config": {str(i): {"head_dim": 32, "num_key_value_heads": 2} for i in (1, 3)},
         },
-        draw=1,
     ),
     "gemma4_vision": Made("gemma4_vision", 2, PER_LAYER | ALTERNATING | {"global_head_dim": 32}),  # stackable
     "phi3": Made(  # q, k, v fused in one tensor, gate and up in another
         "phi3", 2, {"rope_scaling": FACTORS | {"type": "longrope"}, "hidden_size": 128}, without=("head_dim",)
     ),
-    "starcoder2": Made("starcoder2", 4, {"use_bias": True}, sharpness=1.6),
-    "olmo2": Made("olmo2", 2, sharpness=1.6),  # norms of whole projections
+    "starcoder2": Made("starcoder2", 4, {"use_bias": True}, draw=1),
+    "olmo2": Made("olmo2", 2),  # norms of whole projections
     "gpt_oss": Made("gpt_oss_awkward", 2, ALTERNATING | {"num_local_experts": 8, "intermediate_size": 32}),
     "jaxinfer_mini": Made("jaxinfer_mini", 2, ALTERNATING | {"kv_from": [None, None, 0, 1]}),
 }
@@ -108,42 +106,45 @@ def write_model(directory: Path, name: str) -> ModelConfig:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(made.config()))
     config = load_config(directory)
-    tensors = {
-        tensor: drawn(rng, tensor, shape, config, made.sharpness) for tensor, shape in stored_shapes(config).items()
-    }
+    tensors = {tensor: drawn(rng, tensor, shape, config) for tensor, shape in stored_shapes(config).items()}
     write_tensors(directory / "model.safetensors", tensors)
     return config
 
 
-def drawn(
-    rng: np.random.Generator, name: str, shape: tuple[int, ...], config: ModelConfig, sharpness: float = 1.0
-) -> np.ndarray:
-    """f32[shape], at a scale at which no part drowns another and greedy decoding does not settle on one token.
+def drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
+    """f32[shape], at a scale at which no part drowns another, rounding is not magnified and greedy answers vary.
 
-    It settles where the last token's embedding is most of what a tied table sees, or where attention is so flat that
-    the next token finds what this one found. Scores far sharper than these would show rounding as a difference.
+    The MLPs move the residual stream most, so that the next token is another one and not the last again. What would
+    magnify rounding is kept gentle: attention's scores, and routers', spread by about one.
     """
     offset = config.norm.offset
+    default_scale = config.head_dim**-0.5
+    gentle = (default_scale / (config.attention_scale or default_scale)) ** 0.5  # for queries, and for keys
     if name.endswith("sinks"):
         values = rng.uniform(-1.0, 3.0, shape)
     elif name.endswith("bias"):
-        values = rng.normal(0.0, 0.2, shape)
+        values = rng.normal(0.0, 0.1, shape)
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
-        values = rng.uniform(0.4, 1.4, shape) * sharpness - offset
+        values = rng.uniform(0.5, 1.5, shape) * gentle - offset
+    elif "post_feedforward_layernorm" in name:
+        values = rng.uniform(2.0, 6.0, shape) - offset
     elif len(shape) == 1:  # norms and other scales
         values = rng.uniform(0.5, 1.5, shape) - offset
     elif name.endswith("embed_tokens.weight"):
         values = rng.normal(0.0, 0.5 / (config.embed_scale or 1.0), shape)
     elif "_coefs" in name:  # AltUp's streams mix gently
-        values = rng.normal(0.0, 0.5, shape) * shape[-1] ** -0.5
+        values = rng.normal(0.0, 0.25, shape) * shape[-1] ** -0.5
     elif "modality_router" in name:  # of inputs divided by the hidden size
         values = rng.normal(0.0, 1.0, shape) * shape[-1] ** 0.5
-    elif "per_layer_input_gate" in name:  # small: what GELU leaves is normed
-        values = rng.normal(0.0, 0.3, shape) * shape[-1] ** -0.5
-    elif name.endswith(("router.weight", ".gate.weight", "router.proj.weight")):
-        values = rng.normal(0.0, 3.0, shape) * shape[-1] ** -0.5
+    elif "per_layer_input_gate" in name:  # opposite pairs: GELU never closes all eight, whose norm would be rounding
+        half = rng.normal(0.0, 1.5, (shape[0] // 2, shape[1])) * shape[1] ** -0.5
+        values = np.concatenate([half, -half])
     elif name.endswith(("q_proj.weight", "k_proj.weight")):
-        values = rng.normal(0.0, 1.5 * sharpness, shape) * shape[-1] ** -0.5
+        values = rng.normal(0.0, gentle, shape) * shape[-1] ** -0.5
+    elif name.endswith(MLP_OUTPUTS):
+        values = rng.normal(0.0, 6.0, shape) * shape[-1] ** -0.5
+        if not config.gated_mlp:  # its inputs' mean would be most of every output
+            values -= values.mean(axis=-1, keepdims=True)
     else:
-        values = rng.normal(0.0, 1.5, shape) * shape[-1] ** -0.5
+        values = rng.normal(0.0, 1.0, shape) * shape[-1] ** -0.5
     return values.astype(np.float32)

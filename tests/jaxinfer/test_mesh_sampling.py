@@ -66,9 +66,6 @@ def test_every_setting(zoo: Zoo, alone: Run, mesh: str) -> None:
     stopped = run.answers.pop(("stops", 0))
     assert stopped.tokens == plain[: plain.index(plain[9]) + 1] and stopped.reason is FinishReason.STOP
     assert_equal(run, alone, mesh)
-    for key, answer in alone.answers.items():
-        for ours, theirs in zip(run.answers[key].logprobs, answer.logprobs, strict=True):
-            np.testing.assert_allclose([p for _, p in ours.top], [p for _, p in theirs.top], atol=LOGPROB_BAR)
     for mine, other in zip(run.prompt_logprobs["prompt"], alone.prompt_logprobs["prompt"], strict=True):
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:

@@ -24,9 +24,20 @@ from jaxinfer.placement import kv_axes, place_parameters
 from jaxinfer.program_shapes import Shape
 from jaxinfer.sampling import TokenCounts
 from jaxinfer.step import Drivers, stage_model
+from pallas_kernels import devices
 from sharding.mesh import DeviceMesh
 from sharding.parallel import parallel_of
 from sharding.shards import Shards
+
+
+def compiler_options(config: EngineConfig) -> dict[str, bool]:
+    """What XLA is told of each of an engine's programs, for `devices.current()`."""
+    options = {}
+    if config.invariant:  # else some programs leave out roundings to bfloat16 between operations they fuse
+        options["xla_allow_excess_precision"] = False
+    if devices.current().name == "tpu7x":  # else bfloat16 has tiles of 16 rows, and each call copies weights tiled by 8
+        options["xla_tpu_control_large_2nd_minor_layout_for_x16"] = False
+    return options
 
 
 class Blueprint:
@@ -59,8 +70,7 @@ class Blueprint:
         same = self.parallel.prefill is self.parallel.decode
         merge_prefill = merge if same else self._merger(self.parallel.prefill)
         self.drivers = Drivers(model, self.limits, merge, self.parallel, merge_prefill)
-        # XLA may leave out roundings to bfloat16 between operations it fuses, which differ from program to program
-        self._options = {"xla_allow_excess_precision": False} if config.invariant else {}
+        self.compiler_options = compiler_options(config)
 
     # ---- arrays
 
@@ -141,7 +151,7 @@ class Blueprint:
 
     def compile(self, shape: Shape) -> Callable[..., Any]:
         """One program, for the devices that are here."""
-        return self.lower(shape).compile(self._options)
+        return self.lower(shape).compile(self.compiler_options)
 
     def _lower_reader(self, shape: Shape) -> jax.stages.Lowered:
         """A program of scoring.READERS over the hidden rows of all data shards, one after the other."""

@@ -242,7 +242,7 @@ def _program(
     with topology.timed_stages() as seconds:
         lowered = blueprint.lower(shape)
         try:
-            compiled = topology.compile_lowered(lowered, request.piece.device)
+            compiled = topology.compile_lowered(lowered, request.piece.device, blueprint.compiler_options)
         except topology.OutOfMemory as error:
             return {**found, "error": str(error).splitlines()[0]}
     if keep_text is not None:

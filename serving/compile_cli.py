@@ -27,6 +27,7 @@ FLAGS = (
     "matmul_backend",
 )
 _SKIP = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name not in FLAGS)
+_NAMED = 8  # copied weights that the page names; --json has them all
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
 _WHERE = {
     "step": "every step",
@@ -160,7 +161,8 @@ def _print_program(console: Any, program: dict[str, Any]) -> None:
     )
     if program["copies"]:
         names = sorted({copied["argument"] for copied in program["copies"]})
-        console.print(f"  [red]copied[/red]: {', '.join(names)}")
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        console.print(f"  [red]copied[/red]: {', '.join(names[:_NAMED])}{more}")
     for place in ("step", "inner loop", "once", "other loop", "branch"):
         lines = [line for line in program["collectives"] if line["place"] == place]
         if not lines:

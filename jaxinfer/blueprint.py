@@ -31,7 +31,7 @@ from sharding.shards import Shards
 
 
 def compiler_options(config: EngineConfig) -> dict[str, bool]:
-    """What XLA is told of each of an engine's programs, for `devices.current()`."""
+    """What XLA is told of each of an engine's programs, for `devices.current()`. It refuses names it does not know."""
     options = {}
     if config.invariant:  # else some programs leave out roundings to bfloat16 between operations they fuse
         options["xla_allow_excess_precision"] = False

@@ -117,11 +117,17 @@ def memory_limit_bytes(piece: Slice) -> int:
 
 
 def compile_for(
-    device: Device, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **options: Any
+    device: Device,
+    function: Callable[..., Any],
+    *args: Any,
+    donate: tuple[int, ...] = (),
+    compiler_options: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Compiled:
     """`jax.jit(function)` compiled for one `device`; `args` are pytrees of arrays or ShapeDtypeStructs.
 
-    `donate`: positions of arguments that are given up; `options`: keyword arguments of `function`, static.
+    `donate`: positions of arguments that are given up; `compiler_options`: XLA's; `options`: keyword arguments of
+    `function`, static.
     Raises RuntimeError where `unavailable(device)`, and whatever the compiler raises.
     """
     reason = unavailable(device)
@@ -133,7 +139,7 @@ def compile_for(
     began = time.perf_counter()
     with targeting(device):
         lowered = jax.jit(functools.partial(function, **options), donate_argnums=donate).lower(*shapes)
-        return _compile(lowered, device, began, None)
+        return _compile(lowered, device, began, compiler_options)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, device: Device, options: dict[str, Any] | None = None) -> Compiled:

@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 ALTERNATING = {"layer_types": [SLIDING, FULL] * 2}  # two stages of two layers are alike
-MLP_OUTPUTS = ("down_proj.weight", "c_proj.weight", "w2.weight", "down_proj")  # the last: all experts in one tensor
+MLP_OUTPUTS = ("down_proj.weight", "c_proj.weight", "w2.weight", "down_proj")  # the last: one of all experts
 MULTIMODAL = ("gemma3_vision", "gemma3n_vision", "gemma4_vision")
 
 
@@ -139,6 +139,8 @@ def drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...], config: M
     elif "per_layer_input_gate" in name:  # opposite pairs: GELU never closes all eight, whose norm would be rounding
         half = rng.normal(0.0, 1.5, (shape[0] // 2, shape[1])) * shape[1] ** -0.5
         values = np.concatenate([half, -half])
+    elif name.endswith("router.proj.weight"):  # of inputs divided by its root
+        values = rng.normal(0.0, 1.0, shape)
     elif name.endswith(("q_proj.weight", "k_proj.weight")):
         values = rng.normal(0.0, gentle, shape) * shape[-1] ** -0.5
     elif name.endswith(MLP_OUTPUTS):

@@ -234,7 +234,7 @@ def assert_equal(got: Run, wanted: Run, what: str) -> None:
 
 
 def assert_same_top(got: Top, wanted: Top, what: str) -> None:
-    """The same tokens, each as likely; in the same order, but for ones that float32 cannot tell apart."""
+    """The same tokens, each as likely; in the same order, but for neighbours that float32 cannot tell apart."""
     likely = dict(wanted)
     assert dict(got).keys() == likely.keys(), what
     for (token, logprob), (other, others) in zip(got, wanted, strict=True):

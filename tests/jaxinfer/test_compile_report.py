@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from jaxinfer import compile_report, model_presets
+from jaxinfer.blueprint import compiler_options
 from jaxinfer.compile_report import Request, Sizes, request_of
 from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.models.transformer import abstract_parameters, merger
@@ -243,6 +244,16 @@ def test_the_command_on_a_small_model(small_model: str, tmp_path: Path, capsys: 
     compile_cli._print(found)
     text = capsys.readouterr().out
     assert "fits" in text and "decode_loop[16 slots]" in text and "4 x all-reduce of 128.00 KiB" in text
+
+
+def test_options_of_the_compiler_are_for_what_is_compiled_for() -> None:
+    tiles, roundings = "xla_tpu_control_large_2nd_minor_layout_for_x16", "xla_allow_excess_precision"
+    assert compiler_options(EngineConfig()) == {}
+    with topology.targeting(devices.named("v6e")):
+        assert compiler_options(EngineConfig()) == {}
+    with topology.targeting(devices.named("tpu7x")):
+        assert compiler_options(EngineConfig()) == {tiles: False}
+        assert compiler_options(EngineConfig(invariant=True)) == {tiles: False, roundings: False}
 
 
 @pytest.mark.accelerators

@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mesh_runs import BASE, GREEDY, LOGPROB_BAR, Run, Waves, Zoo, assert_equal, random_tokens, serve_once
+from mesh_runs import (
+    BASE,
+    GREEDY,
+    LOGPROB_BAR,
+    Run,
+    Waves,
+    Zoo,
+    assert_equal,
+    assert_same_top,
+    random_tokens,
+    serve_once,
+)
 
 from jaxinfer.request import FinishReason, Request, SamplingParams
 
@@ -69,7 +80,8 @@ def test_every_setting(zoo: Zoo, alone: Run, mesh: str) -> None:
     for mine, other in zip(run.prompt_logprobs["prompt"], alone.prompt_logprobs["prompt"], strict=True):
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:
-            assert mine.rank == other.rank and [token for token, _ in mine.top] == [token for token, _ in other.top]
+            assert mine.rank == other.rank
+            assert_same_top(mine.top, other.top, mesh)
             assert abs(mine.logprob - other.logprob) <= LOGPROB_BAR
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import pytest
@@ -32,13 +33,13 @@ def compiled(
         blueprint = Blueprint(model, config, num_pages=pages)
         state = blueprint.state
     control, admission = blueprint.buffers
-    arguments = (blueprint.parameters, state, control)
+    arguments: tuple[Any, ...] = (blueprint.parameters, state, control)
     if prefill:
+        arguments = (*arguments, admission)
         step = partial(blueprint.drivers.mixed_step, num_slots=SLOTS, prefill_tokens=PREFILL)
-        result = topology.compile_for(device, step, *arguments, admission, donate=(1,))
     else:
         step = partial(blueprint.drivers.decode_loop, num_slots=SLOTS)
-        result = topology.compile_for(device, step, *arguments, donate=(1,))
+    result = topology.compile_for(device, step, *arguments, donate=(1,), compiler_options=blueprint.compiler_options)
     return result, [leaf.shape for leaf in jax.tree.leaves(state.cache)]
 
 
@@ -50,28 +51,18 @@ def test_decode_loops_for_a_tpu(head_dim: int, kv_dtype: str) -> None:
 
 
 @pytest.mark.accelerators
-@pytest.mark.parametrize("name", ["v5e", "v5p"])
+@pytest.mark.parametrize("name", ["v5e", "v5p", "tpu7x"])
 def test_decode_loops_for_other_tpus(name: str) -> None:
     check_loop(devices.named(name), 128, "bfloat16")
 
 
-@pytest.mark.accelerators
-def test_a_decode_loop_for_a_tpu7x_leaves_pools_in_place() -> None:
-    """Its temporaries are not small: XLA gives every weight another tiling there, once per call."""
-    check_pools(devices.named("tpu7x"), 128, "bfloat16")
-
-
 def check_loop(device: Device, head_dim: int, kv_dtype: str) -> None:
-    assert check_pools(device, head_dim, kv_dtype).temporary_bytes <= 16 * MIB
-
-
-def check_pools(device: Device, head_dim: int, kv_dtype: str) -> topology.Compiled:
     config = EngineConfig(max_num_seqs=SLOTS, max_model_len=CONTEXT, kv_dtype=kv_dtype)
     loop, pools = compiled(device, config, model_of(head_dim), prefill=False)
     assert len(loop.fast_memory_bytes) == LAYERS  # kernels
     for shape in set(pools):
         assert loop.copies_of(shape) == []
-    return loop
+    assert loop.temporary_bytes <= 16 * MIB
 
 
 @pytest.mark.accelerators

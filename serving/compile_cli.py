@@ -27,7 +27,7 @@ FLAGS = (
     "matmul_backend",
 )
 _SKIP = tuple(field.name for field in dataclasses.fields(EngineConfig) if field.name not in FLAGS)
-_NAMED = 8  # copied weights that the page names; --json has them all
+_MAX_COPIES_NAMED = 8  # --json has them all
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
 _WHERE = {
     "step": "every step",
@@ -161,8 +161,8 @@ def _print_program(console: Any, program: dict[str, Any]) -> None:
     )
     if program["copies"]:
         names = sorted({copied["argument"] for copied in program["copies"]})
-        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-        console.print(f"  [red]copied[/red]: {', '.join(names[:_NAMED])}{more}")
+        more = f" and {len(names) - _MAX_COPIES_NAMED:,} more" if len(names) > _MAX_COPIES_NAMED else ""
+        console.print(f"  [red]copied[/red]: {', '.join(names[:_MAX_COPIES_NAMED])}{more}")
     for place in ("step", "inner loop", "once", "other loop", "branch"):
         lines = [line for line in program["collectives"] if line["place"] == place]
         if not lines:

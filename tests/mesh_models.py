@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 ALTERNATING = {"layer_types": [SLIDING, FULL] * 2}  # two stages of two layers are alike
-MLP_OUTPUTS = ("down_proj.weight", "c_proj.weight", "w2.weight", "down_proj")  # the last: one of all experts
+MLP_OUTPUTS = ("down_proj.weight", "c_proj.weight", "w2.weight", "down_proj")  # the last holds all experts
 MULTIMODAL = ("gemma3_vision", "gemma3n_vision", "gemma4_vision")
 
 

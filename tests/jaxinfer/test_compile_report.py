@@ -244,6 +244,9 @@ def test_the_command_on_a_small_model(small_model: str, tmp_path: Path, capsys: 
     compile_cli._print(found)
     text = capsys.readouterr().out
     assert "fits" in text and "decode_loop[16 slots]" in text and "4 x all-reduce of 128.00 KiB" in text
+    decode["copies"] = [{"argument": f"weight {i}"} for i in range(10)]
+    compile_cli._print(found)
+    assert "weight 7 and 2 more" in " ".join(capsys.readouterr().out.split())
 
 
 def test_options_of_the_compiler_are_for_what_is_compiled_for() -> None:

@@ -184,8 +184,9 @@ class Blueprint:
     def _merger(self, shards: Shards) -> Callable[..., Any]:
         """From a device's parts of the weights, in which a stage's layers are the only ones of a stack, to a module."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        merge = merger(self.model, dtype, config.matmul_backend, config.invariant, shards, self.parallel.stages)
-        if self.parallel.stages == 1:
+        stages = self.parallel.stages
+        merge = merger(self.model, dtype, config.matmul_backend, config.invariant, shards, stages, fused=True)
+        if stages == 1:
             return merge
         stacked = [parameter.stacked for parameter in self.placed for _ in jax.tree.leaves(parameter.abstract())]
         return lambda parameters: merge(

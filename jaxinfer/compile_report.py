@@ -280,7 +280,7 @@ def _grouped(collectives: tuple[traffic.Collective, ...]) -> list[dict[str, Any]
 
 def _copies(program: Program, placed: tuple[PlacedParameter, ...]) -> list[dict[str, Any]]:
     """Weights and K/V that are written anew; a weight by our name for it, K/V by jax's name of the argument."""
-    leaves = [parameter.names[0] for parameter in placed for _ in jax.tree.leaves(parameter.abstract())]
+    leaves = [parameter.label for parameter in placed for _ in jax.tree.leaves(parameter.abstract())]
     names = {f"parameters[{index}]": name for index, name in enumerate(leaves)}
     found = copies.copied_arguments(
         program,

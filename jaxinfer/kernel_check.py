@@ -33,7 +33,7 @@ def check_kernels(model: ModelConfig, config: EngineConfig, placed: tuple[Placed
             attention.choose(spec, backend=config.attention_backend, q_heads=q_heads, invariant=config.invariant)
         except BackendError as error:
             raise ConfigError(f"attention_backend={config.attention_backend}: {error}") from error
-    products = {_product(parameter): parameter.names[0] for parameter in placed}
+    products = {_product(parameter): parameter.label for parameter in placed}
     for (shape, stored), name in products.items():
         try:
             _check_product(shape, stored, config)

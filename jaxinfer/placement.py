@@ -1,13 +1,13 @@
 """Which parameters the compiled programs take, and where on a mesh each of them goes.
 
-Hides pipeline stacking (a stage's layers, one array for all stages), padding of the vocabulary, and what of a model a
-mesh cannot split.
+Hides pipeline stacking (a stage's layers, one array for all stages), padding of the vocabulary, what each device has of
+a fused parameter's parts, and what of a model a mesh cannot split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,12 +27,18 @@ from sharding.rules import padded_shape, partition
 class PlacedParameter:
     """One entry of the flat tuple of parameters that the programs take."""
 
-    names: tuple[str, ...]  # of abstract_parameters: one, or one per pipeline stage
-    spec: ParameterSpec  # of each of them
+    names: tuple[str, ...]  # of abstract_parameters: one, or one per pipeline stage; of a fused one those of all parts
+    spec: ParameterSpec  # of each of them, or of the fused one
     stacked: bool  # a first dimension of len(names) stages
     shape: tuple[int, ...]  # of the whole, padded; filled up with zeros
     sharding: jax.sharding.Sharding | None  # None: the default device
     in_shards: int = 1  # parts that a weight's inputs, its last dimension, are split into
+    parts: tuple[PlacedParameter, ...] = ()  # a device has its parts of these, as if alone, one after the other
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return " + ".join(part.label for part in self.parts) or self.names[0]
 
     @property
     def device_shape(self) -> tuple[int, ...]:
@@ -86,12 +92,30 @@ def kv_axes(model: ModelConfig) -> tuple[str, ...]:
 
 
 def place_parameters(model: ModelConfig, dtype: jnp.dtype, mesh: DeviceMesh | None) -> tuple[PlacedParameter, ...]:
-    """In the order of `merger`'s flat tuple. Raises ConfigError where a parameter cannot be split."""
+    """In the order of the flat tuple of a fused `merger`. Raises ConfigError where a parameter cannot be split."""
     specs = abstract_parameters(model, dtype)
+    stages = 1 if mesh is None else mesh.config.pipe
+
+    def placed(name: str) -> PlacedParameter:
+        if mesh is None:
+            return PlacedParameter((name,), specs[name], False, specs[name].shape, None)
+        return _placed(name, specs, len(model.layers), mesh)
+
+    return tuple(
+        _fused(spec, tuple(map(placed, spec.parts)), mesh) if spec.parts else placed(name)
+        for name, spec in abstract_parameters(model, dtype, stages, fused=True).items()
+    )
+
+
+def _fused(spec: ParameterSpec, parts: tuple[PlacedParameter, ...], mesh: DeviceMesh | None) -> PlacedParameter:
+    """Of `spec`, split like the first part; what others have on several devices alike is in it as often."""
+    names, stacked = tuple(name for part in parts for name in part.names), parts[0].stacked
     if mesh is None:
-        return tuple(PlacedParameter((name,), spec, False, spec.shape, None) for name, spec in specs.items())
-    names = abstract_parameters(model, dtype, mesh.config.pipe)
-    return tuple(_placed(name, specs, len(model.layers), mesh) for name in names)
+        return PlacedParameter(names, spec, stacked, spec.shape, None, parts=parts)
+    rows = sum(part.device_shape[0] for part in parts)
+    whole = replace(spec, shape=(rows * mesh.count(mesh.axes_of(spec.axes[0])), *spec.shape[1:]))
+    shape = (mesh.config.pipe, *whole.shape) if stacked else whole.shape
+    return PlacedParameter(names, spec, stacked, shape, partition(whole, mesh, stacked=stacked), parts=parts)
 
 
 def _placed(name: str, specs: dict[str, ParameterSpec], num_layers: int, mesh: DeviceMesh) -> PlacedParameter:

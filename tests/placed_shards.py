@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from jaxinfer.models.quantized_checkpoint import abstract_weight
 from jaxinfer.models.transformer import ParameterSpec
 from jaxinfer.placement import PlacedParameter
+from pallas_kernels.tensors import QuantizedTensor
 
 NamedSharding, Spec = jax.sharding.NamedSharding, jax.sharding.PartitionSpec
 Split = Callable[[tuple[int, ...]], tuple[int, ...]]  # a shape -> into how many parts each dimension is split
@@ -36,6 +38,38 @@ def placed_by(specs: dict[str, ParameterSpec], split: Split) -> list[PlacedParam
         sharding = sharded(parts)
         found.append(PlacedParameter((name,), spec, False, spec.shape, sharding, parts[-1] if parts else 1))
     return found
+
+
+def taken_apart(
+    placed: Iterable[PlacedParameter], loaded: Iterable[Any]
+) -> Iterator[tuple[PlacedParameter, jax.Array | QuantizedTensor]]:
+    """Parameters with their arrays; of a fused one its parts, each an array of what this process's devices hold."""
+    for parameter, array in zip(placed, loaded, strict=True):
+        if not parameter.parts:
+            yield parameter, array
+            continue
+        first = 0
+        for part in parameter.parts:
+            rows = slice(first, first + part.device_shape[0])
+            yield part, jax.tree.map(functools.partial(_rows, rows=rows), part.abstract(), array)
+            first = rows.stop
+        assert first == parameter.device_shape[0]
+
+
+def _rows(part: jax.ShapeDtypeStruct, fused: jax.Array, *, rows: slice) -> jax.Array:
+    """`rows` of each device's outputs, which are the only dimension that differs."""
+    shape = part.shape if part.sharding is None else part.sharding.shard_shape(part.shape)
+    pieces = []
+    for shard in fused.addressable_shards:
+        sizes = zip(shard.data.shape, shape, strict=True)
+        index = tuple(slice(None) if whole == own else rows for whole, own in sizes)
+        assert index.count(slice(None)) == len(shape) - 1
+        pieces.append(shard.data[index])
+        assert pieces[-1].shape == shape
+    if part.sharding is None:
+        (piece,) = pieces
+        return piece
+    return jax.make_array_from_single_device_arrays(part.shape, part.sharding, pieces)
 
 
 @functools.cache

@@ -75,7 +75,8 @@ def load_parameters(
     None: all of them on the default device, in the order of `abstract_parameters(config, dtype)`. Each process reads
     what its own devices hold. `progress(name, bytes_read, bytes_total)` is called after each parameter, of the bytes
     that this process reads. Peak host memory is what stays on the host, plus the shards being read: 256 MiB, or one
-    that is larger, or those of as many quantized weights as `num_threads()`, each also as it is stored.
+    that is larger, or those that hold the same K/V heads, or those of as many quantized weights as `num_threads()`,
+    each also as it is stored.
     Raises CheckpointError for anything missing, unknown, mis-shaped, truncated, duplicate or of an unsupported dtype.
     """
     dtype = jnp.dtype(dtype)

@@ -6,6 +6,7 @@ Hides where weights lie and in which precision things are computed. Every parame
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from sharding.shards import ALONE, Shards
 Attend = Callable[[int, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None], jax.Array]
 Rotation = tuple[jax.Array, jax.Array]  # cos, sin: f32[tokens, 1, rotary_dim // 2]
 Rotations = Mapping[tuple[RopeSpec, int], Rotation]  # by rope and head_dim
+Parts = tuple[str, ...]  # names of the parameters whose outputs follow one another in a fused one
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Build:
     path: str = ""  # of the module being made, as parameters are named: "layers.3.attention."
     shards: Shards = ALONE  # the devices that share a layer
     stages: int = 1  # of a pipeline: the module has one stage's layers
+    fused: bool = False  # linear maps of the same inputs are one
 
     def plain(self) -> Build:
         """For weights that checkpoints never quantize."""
@@ -58,22 +61,26 @@ class Build:
         return len(self.config.layers) // self.stages
 
 
-def parameter(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, *, fill: float | None = None) -> nnx.Param:
+def parameter(
+    shape: tuple[int, ...], axes: tuple[str, ...], build: Build, *, fill: float | None = None, parts: Parts = ()
+) -> nnx.Param:
     """A weight that is never quantized: all `fill` (norm scales, biases), else normal with the fan-in's scale."""
     if fill is not None:
-        return nnx.Param(jnp.full(shape, fill, build.dtype), axes=axes)
+        return nnx.Param(jnp.full(shape, fill, build.dtype), axes=axes, parts=parts)
     values = jax.random.normal(build.rngs.params(), shape, jnp.float32) / math.sqrt(shape[-1])
-    return nnx.Param(values.astype(build.dtype), axes=axes)
+    return nnx.Param(values.astype(build.dtype), axes=axes, parts=parts)
 
 
-def matrix(shape: tuple[int, ...], axes: tuple[str, ...], build: Build, name: str = "weight") -> nnx.Param:
+def matrix(
+    shape: tuple[int, ...], axes: tuple[str, ...], build: Build, name: str = "weight", *, parts: Parts = ()
+) -> nnx.Param:
     """A weight `[..., out, in]` as the checkpoint stores it: plain and then random, or quantized and then zero."""
-    stored = weight_format(build.config, build.path + name)
+    stored = weight_format(build.config, parts[0] if parts else build.path + name)
     if stored is None:
-        return parameter(shape, axes, build)
+        return parameter(shape, axes, build, parts=parts)
     held = abstract_weight(stored, shape, in_shards=build.shards.count(axes[-1]))  # how nibbles lie in a device's part
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), held)
-    return nnx.Param(zeros, axes=axes, format=stored)
+    return nnx.Param(zeros, axes=axes, format=stored, parts=parts)
 
 
 class Linear(nnx.Module):
@@ -83,10 +90,21 @@ class Linear(nnx.Module):
     devices leaves the layer's part (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053, section 3).
     """
 
-    def __init__(self, in_size: int, out_size: int, axes: tuple[str, str], build: Build, *, bias: bool = False):
-        self.weight = matrix((out_size, in_size), axes, build)
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        axes: tuple[str, str],
+        build: Build,
+        *,
+        bias: bool = False,
+        maps: Sequence[Build] = (),
+    ):
+        """`maps`: the linear maps that it is instead of, where it is of all their outputs."""
+        self.weight = matrix((out_size, in_size), axes, build, parts=tuple(f"{each.path}weight" for each in maps))
         if bias:
-            self.bias = parameter((out_size,), axes[:1], build, fill=0.0)
+            parts = tuple(f"{each.path}bias" for each in maps)
+            self.bias = parameter((out_size,), axes[:1], build, fill=0.0, parts=parts)
         self.has_bias, self.in_axis = bias, axes[1]
         self.backend, self.invariant, self.shards = build.matmul_backend, build.invariant, build.shards
 
@@ -121,6 +139,36 @@ class Linear(nnx.Module):
 # Traced once for all layers that are alike, as attention is (`forward`): a quantized product is a kernel.
 _product = jax.jit(matmul, inline=True, static_argnames=("backend", "invariant", "out_dtype"))
 _rows_product = jax.jit(matmul_rows, inline=True, static_argnames=("backend", "dtype", "out_dtype"))
+
+
+class LinearMaps(nnx.Module):
+    """Linear maps of the same inputs: each an attribute by its name, or `fused` of all their outputs.
+
+    Fused, a device's weight is its part of each of them, one after the other, and a step has one product for all: fewer
+    kernels to launch, fewer arrays to compile for. Maps that are quantized in different ways stay apart.
+    """
+
+    def _add_maps(self, in_size: int, outputs: Mapping[str, tuple[int, str]], build: Build, *, bias: bool) -> None:
+        """`outputs`: by name, how many and their logical axis; no axis is split further than the first."""
+        self.map_names = tuple(outputs)
+        self.map_sizes = tuple(size // build.shards.count(axis) for size, axis in outputs.values())
+        builds = {name: build.at(name) for name in outputs}
+        formats = {weight_format(build.config, each.path + "weight") for each in builds.values()}
+        self.is_fused = build.fused and len(outputs) > 1 and len(formats) == 1
+        if self.is_fused:
+            axes = (next(iter(outputs.values()))[1], "embed")
+            total, maps = sum(size for size, _ in outputs.values()), tuple(builds.values())
+            self.fused = Linear(in_size, total, axes, build.at("fused"), bias=bias, maps=maps)
+            return
+        for name, (size, axis) in outputs.items():
+            setattr(self, name, Linear(in_size, size, (axis, "embed"), builds[name], bias=bias))
+
+    def _mapped(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Of rows `x [rows, in]` by name this device's `[rows, out]`."""
+        if not self.is_fused:
+            return {name: getattr(self, name)(x) for name in self.map_names}
+        ends = list(itertools.accumulate(self.map_sizes))
+        return dict(zip(self.map_names, jnp.split(self.fused(x), ends[:-1], axis=1), strict=True))
 
 
 class Norm(nnx.Module):
@@ -209,7 +257,7 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class Attention(LinearMaps):
     """Projections around `attend`. MHA, GQA and MQA differ only in `kv_heads`; a layer may read another one's K/V."""
 
     def __init__(self, config: ModelConfig, index: int, build: Build):
@@ -219,14 +267,13 @@ class Attention(nnx.Module):
         self.head_dim, kv_axis = kv.head_dim, kv_heads_axis(kv.kv_heads)
         q_axis, k_axis = ("head_dim", "head_dim") if config.qk_norm == "head" else ("heads", kv_axis)
         q_size, kv_size = config.q_heads * kv.head_dim, kv.kv_heads * kv.head_dim
-        self.q = Linear(config.embed_size, q_size, ("heads", "embed"), build.at("q"), bias=config.qkv_bias)
+        outputs = {"q": (q_size, "heads")}
+        if self.layer.kv_from is None:
+            outputs |= dict.fromkeys(("k",) if self.layer.k_eq_v else ("k", "v"), (kv_size, kv_axis))
+        self._add_maps(config.embed_size, outputs, build, bias=config.qkv_bias)
         if config.qk_norm is not None:
             self.q_norm = Norm(self._norm_size(q_size), config.norm, build, axis=q_axis)
-        if self.layer.kv_from is None:
-            self.k = Linear(config.embed_size, kv_size, (kv_axis, "embed"), build.at("k"), bias=config.qkv_bias)
-            if not self.layer.k_eq_v:
-                self.v = Linear(config.embed_size, kv_size, (kv_axis, "embed"), build.at("v"), bias=config.qkv_bias)
-            if config.qk_norm is not None:
+            if self.layer.kv_from is None:
                 self.k_norm = Norm(self._norm_size(kv_size), config.norm, build, axis=k_axis)
         self.o = Linear(q_size, config.embed_size, ("embed", "heads"), build.at("o"), bias=config.o_bias)
         if config.sinks:
@@ -234,7 +281,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, by: Rotations, attend: Attend) -> jax.Array:
         turn = None if self.layer.rope is None else by[self.layer.rope, self.head_dim]
-        projected = self.shards.entering(x, self._projections)
+        projected = self.shards.entering(x, self._mapped)
         q = self._positioned(projected["q"], "q_norm", turn)
         k = v = None
         if self.layer.kv_from is None:
@@ -242,13 +289,6 @@ class Attention(nnx.Module):
             k, v = self._positioned(keys, "k_norm", turn), self._values(projected.get("v", keys))
         sinks = self.sinks[...].astype(jnp.float32) if self.config.sinks else None
         return self.o(attend(self.index, q, k, v, sinks).reshape(q.shape[0], -1))
-
-    def _projections(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Of rows `x [rows, embed]` to queries, and keys and values where this layer has its own."""
-        names = ["q"]
-        if self.layer.kv_from is None:
-            names += ["k"] if self.layer.k_eq_v else ["k", "v"]
-        return {name: getattr(self, name)(x) for name in names}
 
     def _norm_size(self, projection_size: int) -> int:
         return self.head_dim if self.config.qk_norm == "head" else projection_size
@@ -269,14 +309,13 @@ class Attention(nnx.Module):
         return root_mean_square_norm(heads.astype(jnp.float32), self.config.norm.eps).astype(x.dtype)
 
 
-class MLP(nnx.Module):
+class MLP(LinearMaps):
     """`down(act(gate(x)) * up(x))` (GLU variants, Shazeer 2020), or without a gate `down(act(up(x)))`."""
 
     def __init__(self, config: ModelConfig, index: int, build: Build):
         ffn_size = config.layers[index].ffn_size or config.ffn_size
-        if config.gated_mlp:
-            self.gate = Linear(config.embed_size, ffn_size, ("ffn", "embed"), build.at("gate"), bias=config.mlp_bias)
-        self.up = Linear(config.embed_size, ffn_size, ("ffn", "embed"), build.at("up"), bias=config.mlp_bias)
+        outputs = dict.fromkeys(("gate", "up") if config.gated_mlp else ("up",), (ffn_size, "ffn"))
+        self._add_maps(config.embed_size, outputs, build, bias=config.mlp_bias)
         self.down = Linear(ffn_size, config.embed_size, ("embed", "ffn"), build.at("down"), bias=config.mlp_bias)
         self.config, self.sparsity = config, config.layers[index].activation_sparsity
         self.size, self.shards = ffn_size, build.shards
@@ -286,10 +325,11 @@ class MLP(nnx.Module):
 
     def _hidden(self, x: jax.Array) -> jax.Array:
         """Of rows `x [rows, embed]` what `down` takes."""
-        up = self.up(x).astype(jnp.float32)
+        mapped = self._mapped(x)
+        up = mapped["up"].astype(jnp.float32)
         if not self.config.gated_mlp:
             return activate(up, self.config.activation).astype(x.dtype)
-        gate = self.gate(x).astype(jnp.float32)
+        gate = mapped["gate"].astype(jnp.float32)
         if self.sparsity > 0.0:
             gate = self._cut_off(gate)
         return gated(gate, up, self.config.activation).astype(x.dtype)

@@ -1,7 +1,7 @@
 """Which regions of each parameter this process reads, in what order, and how far ahead of who takes them.
 
-Hides shards, stages and padding from the readers of checkpoints: a region that several of this process's devices hold
-is read once, and one that none of them holds is not.
+Hides shards, stages, fused parameters and padding from the readers of checkpoints: a region that several of this
+process's devices hold is read once, and one that none of them holds is not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jaxinfer.models.host_memory import aligned_empty
 from jaxinfer.models.regions import Host, Region, StoredParameter, Target, normalized, overlap, whole
 from jaxinfer.placement import PlacedParameter
+from pallas_kernels.tensors import QuantizedTensor
 
 READ_AHEAD_BYTES = 256 << 20  # of what is being read while something is taken; what is larger is alone
 
@@ -42,11 +44,36 @@ class Read:
 
     def needs(self) -> Iterator[tuple[str, Region]]:
         """The regions of logical parameters, by name, that it is made of."""
-        for shard in self.shards:
-            for name, region, _ in _stages(self.parameter, shard.region):
-                found = overlap(region, whole(self.parameter.spec.shape))
-                if found is not None:
-                    yield name, found
+        for piece in {piece.key: piece for shard in self.shards for piece in _pieces(self.parameter, shard)}.values():
+            if piece.stored is not None:
+                yield piece.name, piece.stored
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What of a shard is one logical parameter's: its region of that, and where it goes in the shard's arrays."""
+
+    name: str
+    region: Region
+    stored: Region | None  # without padding; None: nothing but padding
+    place: int | None  # along the first axis, if stacked
+    outputs: slice | None  # of a fused parameter's
+
+    @property
+    def key(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The same for pieces with the same content."""
+        return self.name, tuple((part.start, part.stop) for part in self.region)
+
+    def of(self, host: Host) -> Any:
+        """Views of the shard's arrays."""
+        own: Any = host
+        if self.place is not None:
+            own = jax.tree.map(partial(_view, place=self.place), host)
+        if self.outputs is not None:
+            own = _outputs(own, self.outputs)
+        if self.stored == self.region or self.stored is None:
+            return own
+        return own[tuple(slice(0, part.stop - part.start) for part in self.stored)]
 
 
 def planned(parameters: Sequence[PlacedParameter]) -> list[Read]:
@@ -82,7 +109,9 @@ def _shards(parameter: PlacedParameter) -> list[Shard]:
 
 
 def _belongs(parameter: PlacedParameter, shard: Shard, group: list[Shard], shard_bytes: int) -> bool:
-    """Whether a shard is read with those before it: their bytes lie among one another in the files."""
+    """Whether a shard is read with those before it: their bytes lie among one another in the files, or are the same."""
+    if {piece.key for piece in _pieces(parameter, shard)} & {piece.key for piece in _pieces(parameter, group[-1])}:
+        return True  # K/V heads of which there are fewer than devices
     if parameter.spec.format is not None:  # of the same matrices, which are read and unpacked whole
         return shard.region[:-2] == group[-1].region[:-2]
     return shard_bytes * (len(group) + 1) <= READ_AHEAD_BYTES
@@ -93,28 +122,68 @@ def _local(leaf: Any) -> tuple[int, ...]:
     return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
 
 
-def _stages(parameter: PlacedParameter, region: Region) -> Iterator[tuple[str, Region, int | None]]:
-    """Names and regions of the logical parameters in a region, and their places along its first axis if stacked."""
-    if not parameter.stacked:
-        yield parameter.names[0], region, None
+def _pieces(parameter: PlacedParameter, shard: Shard) -> Iterator[_Piece]:
+    if not parameter.parts:
+        yield from _stages(parameter, shard.region, None)
         return
+    first = 0
+    for part in parameter.parts:
+        rows = part.device_shape[0]
+        yield from _stages(part, _region(part, shard.devices[0]), slice(first, first + rows))
+        first += rows
+
+
+def _region(parameter: PlacedParameter, device: Any) -> Region:
+    """What a device holds."""
+    if parameter.sharding is None:
+        return whole(parameter.shape)
+    return normalized(
+        parameter.sharding.addressable_devices_indices_map(parameter.shape)[device] or (), parameter.shape
+    )
+
+
+def _stages(parameter: PlacedParameter, region: Region, outputs: slice | None) -> Iterator[_Piece]:
+    """The logical parameters in a region: one, or one per stage."""
+    everything = whole(parameter.spec.shape)
+    if not parameter.stacked:
+        yield _Piece(parameter.names[0], region, overlap(region, everything), None, outputs)
+        return
+    stored = overlap(region[1:], everything)
     for place, stage in enumerate(range(region[0].start, region[0].stop)):
-        yield parameter.names[stage], region[1:], place
+        yield _Piece(parameter.names[stage], region[1:], stored, place, outputs)
 
 
 def read_in_order(
     reads: Iterable[Read], stored: Mapping[str, StoredParameter], pool: ThreadPoolExecutor, num_threads: int
 ) -> Iterator[tuple[Read, list[Host]]]:
     """Each read with its shards' arrays in host memory, while those that follow are being read."""
-    ahead: deque[tuple[Read, list[Host], list[Future[None]]]] = deque()
+    ahead: deque[_Reading] = deque()
     for read in reads:
-        while ahead and _must_wait(read, [other for other, _, _ in ahead], num_threads):
-            yield _finished(*ahead.popleft())
+        while ahead and _must_wait(read, [other.read for other in ahead], num_threads):
+            yield ahead.popleft().finished()
         hosts = [_allocated(read.parameter, shard) for shard in read.shards]
-        jobs = [job for name, targets in _targets(read, hosts).items() for job in stored[name].jobs(targets)]
-        ahead.append((read, hosts, [pool.submit(job) for job in jobs]))
+        targets, copies = _targets(read, hosts)
+        jobs = [job for name, own in targets.items() for job in stored[name].jobs(own)]
+        ahead.append(_Reading(read, hosts, [pool.submit(job) for job in jobs], copies))
     while ahead:
-        yield _finished(*ahead.popleft())
+        yield ahead.popleft().finished()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A read on its way."""
+
+    read: Read
+    hosts: list[Host]
+    jobs: list[Future[None]]
+    copies: list[tuple[Any, Any]]  # what is read once and needed elsewhere too, and where
+
+    def finished(self) -> tuple[Read, list[Host]]:
+        for job in self.jobs:
+            job.result()  # re-raises what a read raised
+        for source, target in self.copies:
+            jax.tree.map(np.copyto, target, source)
+        return self.read, self.hosts
 
 
 def _must_wait(read: Read, ahead: list[Read], num_threads: int) -> bool:
@@ -124,38 +193,41 @@ def _must_wait(read: Read, ahead: list[Read], num_threads: int) -> bool:
     return sum(other.num_bytes for other in ahead) + read.num_bytes > READ_AHEAD_BYTES
 
 
-def _finished(read: Read, hosts: list[Host], jobs: list[Future[None]]) -> tuple[Read, list[Host]]:
-    for job in jobs:
-        job.result()  # re-raises what a read raised
-    return read, hosts
-
-
 def _allocated(parameter: PlacedParameter, shard: Shard) -> Host:
     """A shard's arrays; what of them is padding is zeros."""
     host = jax.tree.map(lambda leaf: aligned_empty(_local(leaf), leaf.dtype), parameter.abstract())
-    for _, region, _ in _stages(parameter, shard.region):
-        if overlap(region, whole(parameter.spec.shape)) != region:
-            assert parameter.spec.format is None, f"{parameter.names[0]} is quantized and padded"
-            host.fill(0)
-            break
+    if any(piece.stored != piece.region for piece in _pieces(parameter, shard)):
+        assert parameter.spec.format is None, f"{parameter.label} is quantized and padded"
+        host.fill(0)
     return host
 
 
-def _targets(read: Read, hosts: list[Host]) -> dict[str, list[Target]]:
-    """What is read into the shards' arrays, by logical parameter."""
+def _targets(read: Read, hosts: list[Host]) -> tuple[dict[str, list[Target]], list[tuple[Any, Any]]]:
+    """What is read into the shards' arrays, by logical parameter, and what is copied within them then."""
     found: dict[str, list[Target]] = defaultdict(list)
+    first: dict[Any, Any] = {}
+    copies = []
     for shard, host in zip(read.shards, hosts, strict=True):
-        for name, region, place in _stages(read.parameter, shard.region):
-            inside = overlap(region, whole(read.parameter.spec.shape))
-            if inside is None:
+        for piece in _pieces(read.parameter, shard):
+            if piece.stored is None:
                 continue
-            into: Any = host if place is None else jax.tree.map(lambda leaf, place=place: _view(leaf, place), host)
-            if inside != region:
-                into = into[tuple(slice(0, part.stop - part.start) for part in inside)]
-            found[name].append(Target(inside, into))
-    return found
+            into = piece.of(host)
+            if piece.key in first:
+                copies.append((first[piece.key], into))
+                continue
+            first[piece.key] = into
+            found[piece.name].append(Target(piece.stored, into))
+    return found, copies
 
 
 def _view(leaf: np.ndarray, place: int) -> np.ndarray:
     """`leaf[place]`, a view also where that is a single number."""
     return leaf[place : place + 1].reshape(leaf.shape[1:])
+
+
+def _outputs(host: Host, rows: slice) -> Host:
+    """Some outputs of a weight `[out, in]` or a bias `[out]`."""
+    if not isinstance(host, QuantizedTensor):
+        return host[rows]
+    scales, zeros = (None if leaf is None else leaf[..., rows] for leaf in (host.scales, host.zeros))
+    return replace(host, values=host.values[rows], scales=scales, zeros=zeros)

@@ -76,6 +76,7 @@ class ParameterSpec:
     dtype: jnp.dtype
     axes: tuple[str, ...]
     format: WeightFormat | None = None  # how a quantized weight is held
+    parts: tuple[str, ...] = ()  # of a fused one, the parameters whose outputs follow one another in it
 
 
 class Lookup(nnx.Module):
@@ -205,30 +206,39 @@ def make_decoder(
     invariant: bool = False,
     shards: Shards = ALONE,
     stages: int = 1,
+    fused: bool = False,
 ) -> Decoder:
-    """A module with random weights (under `nnx.eval_shape`: without any). `stages`: with the layers of one of them."""
+    """A module with random weights (under `nnx.eval_shape`: without any).
+
+    `stages`: with the layers of one of them; `fused`: linear maps of the same inputs have their weights in one array.
+    """
     module, _, attribute = DECODERS[config.decoder].partition(":")
     decoder: Callable[[ModelConfig, Build], Decoder] = getattr(importlib.import_module(module), attribute)
     rngs = nnx.Rngs(seed)
-    return decoder(
-        config, Build(config, jnp.dtype(dtype), matmul_backend, rngs, invariant, shards=shards, stages=stages)
-    )
+    build = Build(config, jnp.dtype(dtype), matmul_backend, rngs, invariant, shards=shards, stages=stages, fused=fused)
+    return decoder(config, build)
 
 
-def abstract_parameters(config: ModelConfig, dtype: jnp.dtype, stages: int = 1) -> dict[str, ParameterSpec]:
-    """Name -> spec of every parameter, in the order of the flat tuple; allocates nothing. `stages`: of one of them."""
-    return dict(_abstract_parameters(config, jnp.dtype(dtype), stages))
+def abstract_parameters(
+    config: ModelConfig, dtype: jnp.dtype, stages: int = 1, *, fused: bool = False
+) -> dict[str, ParameterSpec]:
+    """Name -> spec of every parameter, in the order of the flat tuple; allocates nothing.
+
+    `stages`: of one of them; `fused`: as an engine has them, else as checkpoints do.
+    """
+    return dict(_abstract_parameters(config, jnp.dtype(dtype), stages, fused))
 
 
 @functools.lru_cache(maxsize=16)  # it is asked for several times at start, and takes a second for a hundred layers
-def _abstract_parameters(config: ModelConfig, dtype: jnp.dtype, stages: int) -> dict[str, ParameterSpec]:
-    model = nnx.eval_shape(lambda: make_decoder(config, dtype, stages=stages))
+def _abstract_parameters(config: ModelConfig, dtype: jnp.dtype, stages: int, fused: bool) -> dict[str, ParameterSpec]:
+    model = nnx.eval_shape(lambda: make_decoder(config, dtype, stages=stages, fused=fused))
     return {
         ".".join(map(str, path)): ParameterSpec(
             leaf.get_value().shape,
             dtype,
             leaf.get_metadata("axes"),
             leaf.get_metadata("format", None),
+            leaf.get_metadata("parts"),
         )
         for path, leaf in nnx.to_flat_state(nnx.state(model))
     }
@@ -241,14 +251,12 @@ def merger(
     invariant: bool = False,
     shards: Shards = ALONE,
     stages: int = 1,
+    fused: bool = False,
 ) -> Callable[[tuple[jax.Array, ...]], Decoder]:
     """A function from the flat tuple of arrays (a device's parts of them) back to a module; call it while tracing."""
+    make = functools.partial(make_decoder, config, dtype, matmul_backend, invariant=invariant)
     with topology.untargeted():
-        graph, state = nnx.split(
-            nnx.eval_shape(
-                lambda: make_decoder(config, dtype, matmul_backend, invariant=invariant, shards=shards, stages=stages)
-            )
-        )
+        graph, state = nnx.split(nnx.eval_shape(lambda: make(shards=shards, stages=stages, fused=fused)))
     structure = jax.tree.structure(state)
     return lambda parameters: nnx.merge(graph, jax.tree.unflatten(structure, parameters))
 

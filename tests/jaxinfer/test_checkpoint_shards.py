@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from placed_shards import SPLITS, NamedSharding, Spec, Split, assert_shards_equal, divided, placed_by, sharded
+from placed_shards import (
+    SPLITS,
+    NamedSharding,
+    Spec,
+    Split,
+    assert_shards_equal,
+    divided,
+    placed_by,
+    sharded,
+    taken_apart,
+)
 from quantized_files import AWQ, CONFIG, GPTQ, SCHEMES, awq, gptq, write_mixtral, write_model
 from tensor_files import write_tensors
 
@@ -74,7 +84,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def region_bytes(parameters: list[PlacedParameter], config: ModelConfig, itemsize: int) -> int:
     """Of what the devices of this process hold, each region once; of interleaved parts, those between them as well."""
     total = 0
-    for parameter in parameters:
+    for parameter in (part for each in parameters for part in each.parts or (each,)):
         regions = {
             tuple(part.indices(size) for part, size in zip(index, parameter.shape, strict=True))
             for index in parameter.sharding.addressable_devices_indices_map(parameter.shape).values()
@@ -136,7 +146,7 @@ def test_stages_and_padding(name: str, mesh: str, monkeypatch: pytest.MonkeyPatc
         with counted_reads(monkeypatch) as reads:
             loaded = load_parameters(GOLDENS / name, config, BF16, placed=placed)
         assert sum(reads) == region_bytes(list(placed), config, stored_itemsize(GOLDENS / name / "model.safetensors"))
-        for parameter, array in zip(placed, loaded, strict=True):
+        for parameter, array in taken_apart(placed, loaded):
             assert_shards_equal(array, expected_whole(parameter, whole), str(parameter.names))
 
 
@@ -323,7 +333,7 @@ def test_stages_of_quantized_layers(tmp_path: Path, scheme: str) -> None:
     config = load_config(tmp_path)
     placed = place_parameters(config, BF16, mesh_of(config, EngineConfig(mesh="pipe=2", max_num_seqs=8)))
     everything = dict(zip(abstract_parameters(config, BF16), load_parameters(tmp_path, config, BF16), strict=True))
-    for parameter, array in zip(placed, load_parameters(tmp_path, config, BF16, placed=placed), strict=True):
+    for parameter, array in taken_apart(placed, load_parameters(tmp_path, config, BF16, placed=placed)):
         parts = [jax.tree.leaves(everything[name]) for name in parameter.names]
         for leaf, *own in zip(jax.tree.leaves(array), *parts, strict=True):
             expected = np.stack(own) if parameter.stacked else np.asarray(own[0])
@@ -467,6 +477,8 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.models import load_config
 from jaxinfer.models.checkpoint import load_parameters
 from jaxinfer.placement import mesh_of, place_parameters
+sys.path.insert(0, "tests")
+from placed_shards import taken_apart
 preadv, reads = os.preadv, []
 os.preadv = lambda *args: reads.append(preadv(*args)) or reads[-1]
 config = load_config(directory)
@@ -474,11 +486,11 @@ placed = place_parameters(config, np.dtype("float32"), mesh_of(config, EngineCon
 loaded = load_parameters(directory, config, np.dtype("float32"), placed=placed)
 held = {
     (parameter.names[0], str(shard.index)): float(np.asarray(shard.data, np.float64).sum())
-    for parameter, array in zip(placed, loaded) for shard in array.addressable_shards
+    for parameter, array in taken_apart(placed, loaded) for shard in array.addressable_shards
 }
 sizes = {
     (parameter.names[0], str(shard.index)): shard.data.nbytes
-    for parameter, array in zip(placed, loaded) for shard in array.addressable_shards
+    for parameter, array in taken_apart(placed, loaded) for shard in array.addressable_shards
 }
 print(json.dumps({"read": sum(reads), "held": sum(sizes.values()), "sums": sorted((*k, v) for k, v in held.items())}))
 """

@@ -100,9 +100,9 @@ def test_a_quantized_model_has_the_same_arrays_where_a_mesh_is_in_context() -> N
         for each in place_parameters(model, jnp.dtype("bfloat16"), None)
         for leaf in jax.tree.leaves(each.abstract())
     ]
-    assert len(leaves) == 1 + 2 + 7 * 2 + 2  # embedding, norms, values and scales, last norm, logits
+    assert len(leaves) == 1 + 2 + 4 * 2 + 2  # embedding, norms, values and scales, last norm, logits
     with topology.targeting(devices.named("v6e")):
-        merge = merger(model, jnp.dtype("bfloat16"), "auto")
+        merge = merger(model, jnp.dtype("bfloat16"), "auto", fused=True)
         decoder = jax.eval_shape(lambda *arrays: nnx.split(merge(arrays))[1], *leaves)
     assert len(jax.tree.leaves(decoder)) == len(leaves)
 

@@ -90,6 +90,13 @@ def wrong(parameter: PlacedParameter, model: ModelConfig, mesh: DeviceMesh) -> l
     """What is not as it should be of a parameter's place."""
     name, found = parameter.names[0], []
     sharding: Any = parameter.sharding
+    if parameter.parts:
+        found = [problem for part in parameter.parts for problem in wrong(part, model, mesh)]
+        if sharding != parameter.parts[0].sharding:
+            found.append(f"{parameter.label} is split as {sharding}")
+        if parameter.device_shape[0] != sum(part.device_shape[0] for part in parameter.parts):
+            found.append(f"{parameter.label}: a device has {list(parameter.device_shape)}")
+        return found
     places = list(sharding.spec) + [None] * (len(parameter.shape) - len(sharding.spec))
     if parameter.stacked:
         if places.pop(0) != mesh_axes("pipe", mesh):
@@ -221,7 +228,9 @@ def test_a_parameter_of_no_pattern_is_noticed(models: dict[str, Path]) -> None:
     for name in ("layers.0.attention.gate.weight", "head.weight", "layers.0.attention.q.weights"):
         new = dataclasses.replace(placed[0], names=(name,))
         assert any("no pattern says" in problem for problem in wrong(new, model, mesh))
-    unstacked = dataclasses.replace(placed[1], names=("layers.0.attention.q.weight",), stacked=False)
+    (fused,) = (p for p in placed if p.names[0] == "layers.0.attention.q.weight")
+    assert fused.parts[0].names == fused.names[:1] and not fused.stacked
+    unstacked = fused.parts[0]
     staged = placed_on(models["llama"], "pipe=2,tensor=2")
     assert staged is not None
     assert any("is not stacked" in problem for problem in wrong(unstacked, model, staged[1]))
@@ -279,6 +288,8 @@ def test_bytes_of_a_device(models: dict[str, Path], name: str, sizes: str) -> No
 
 def copies_bytes(parameter: PlacedParameter, model: ModelConfig, mesh: DeviceMesh) -> int:
     """Values of a parameter on all devices together, by SPLITS; only the vocabulary is padded."""
+    if parameter.parts:
+        return sum(copies_bytes(part, model, mesh) for part in parameter.parts)
     name = parameter.names[0]
     split = SPLITS[pattern_of(name, model) or ""]
     parts = math.prod(count(mesh_axes(word, mesh, kv_heads_of(name, model)), mesh) for word in split)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,9 +30,12 @@ X_TILE_BYTES = 8 << 20  # most of x in one tile
 MOST_INPUTS = 4096  # of a tile, where inputs divide well
 MOST_INPUTS_WHOLE = 16384  # of a tile where they do not
 PIECE_INPUTS = 512  # widened at a time
+TURN_INPUTS = (
+    2 * PIECE_INPUTS
+)  # of a plane, in one turn of a loop; less would leave the matrix unit waiting at its ends
 TILE_US = 1.5  # to read a tile of weights: some times what a step of the grid costs
 OUTS = (256, 1024)  # least and most of a tile
-MOST_SUMS = 512 * 512  # of a tile: every one is code, since loops over a tile are unrolled
+MOST_SUMS = 512 * 512  # of a tile: every one is code, since a product's own loops are unrolled
 VMEM_LIMIT = 48 << 20
 FP8_KINDS = ("TPU7x",)  # TPUs whose matrix unit multiplies fp8
 PLANES = {"int4": 2, "2:4": 4}
@@ -172,19 +176,37 @@ def split_planes(x: jax.Array, weight: jax.Array | QuantizedTensor) -> jax.Array
 
 def tile_product(tiling: Tiling, tile: Operands) -> jax.Array:
     """A tile's part of the product, `[rows, outs]`: scaled where it has groups, else in units of values."""
+    groups = tiling.pieces()
+    if tiling.group_size is None:
+        return _looped_sum(tiling, tile, groups[0])
+    assert tile.scales is not None
     total: jax.Array | None = None
-    for group, pieces in enumerate(tiling.pieces()):
-        part: jax.Array | None = None
-        for piece in pieces:
-            product = _dot(_masked_x(tile.x, piece), _operand(tiling, tile, piece))
-            part = product if part is None else part + product
-        assert part is not None
-        if tiling.group_size is not None:
-            assert tile.scales is not None
-            part *= tile.scales[0, group : group + 1].astype(jnp.float32)
+    for group, pieces in enumerate(groups):
+        part = _sum_of(tiling, tile, pieces) * tile.scales[0, group : group + 1].astype(jnp.float32)
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def _looped_sum(tiling: Tiling, tile: Operands, pieces: list[Piece]) -> jax.Array:
+    """The sum of all pieces' products: unrolled, it is code to compile and to read from memory in each call."""
+    turns = tiling.plane_inputs // TURN_INPUTS
+    if turns < 2 or tile.sparse_index is not None:
+        return _sum_of(tiling, tile, pieces)
+    first = [piece for piece in pieces if piece.stop <= TURN_INPUTS]
+    rest = [piece for piece in pieces if piece.start >= turns * TURN_INPUTS]
+    start = jnp.zeros((tiling.rows, tile.values.shape[0]), tiling.sum_dtype)
+
+    def turn(index: jax.Array, total: jax.Array) -> jax.Array:
+        return total + _sum_of(tiling, tile, first, pl.multiple_of(index * TURN_INPUTS, TURN_INPUTS))
+
+    return lax.fori_loop(0, turns, turn, _sum_of(tiling, tile, rest) if rest else start)
+
+
+def _sum_of(tiling: Tiling, tile: Operands, pieces: list[Piece], offset: jax.Array | int = 0) -> jax.Array:
+    """The sum of pieces' products, `offset` inputs further on in their planes."""
+    products = (_dot(_masked_x(tile.x, piece, offset), _operand(tiling, tile, piece, offset)) for piece in pieces)
+    return functools.reduce(operator.add, products)
 
 
 def finished(tiling: Tiling, sums: jax.Array, tile: Operands) -> jax.Array:
@@ -197,9 +219,9 @@ def finished(tiling: Tiling, sums: jax.Array, tile: Operands) -> jax.Array:
     return product if tile.row_scales is None else product * tile.row_scales[...]
 
 
-def _masked_x(x: jax.Array, piece: Piece) -> jax.Array:
+def _masked_x(x: jax.Array, piece: Piece, offset: jax.Array | int) -> jax.Array:
     """The piece's `[rows, stop - start]` of x, with zeros where inputs belong to another group."""
-    inputs = x[piece.plane, :, piece.start : piece.stop]
+    inputs = x[piece.plane, :, pl.ds(offset + piece.start, piece.stop - piece.start)]
     if (piece.start, piece.stop) == (piece.first, piece.last):
         return inputs
     lane = lax.broadcasted_iota(jnp.int32, inputs.shape, 1) + piece.start
@@ -217,12 +239,12 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     )
 
 
-def _operand(tiling: Tiling, tile: Operands, piece: Piece) -> jax.Array:
+def _operand(tiling: Tiling, tile: Operands, piece: Piece, offset: jax.Array | int) -> jax.Array:
     """The piece's `[outs, stop - start]` of the weight in the dtype of x; int4: 16 times as large."""
     dtype = tile.x.dtype
     if tile.sparse_index is not None:
         return _sparse_operand(tile, piece).astype(dtype)
-    values = tile.values[:, piece.start : piece.stop]
+    values = tile.values[:, pl.ds(offset + piece.start, piece.stop - piece.start)]
     if tiling.format != "int4":
         return values.astype(dtype)
     # Four bytes at a time: a nibble at the top of its byte, the lower half cleared, is 16 times its signed value.
@@ -272,7 +294,10 @@ def tiling_of(weight: jax.Array | QuantizedTensor, blocks: dict[str, int], *, in
 
 
 def default_blocks(weight: jax.Array | QuantizedTensor, x: jax.Array, device: Device) -> dict[str, int]:
-    """Rows in equal tiles, as few as are allowed; weights in tiles that take TILE_US to read."""
+    """Rows in equal tiles, as few as are allowed; weights in tiles that take TILE_US to read.
+
+    One tile of rows takes them as they are, but for those of one byte: padding is an operation beside each product.
+    """
     format, values = (weight.format, weight.values) if isinstance(weight, QuantizedTensor) else ("dense", weight)
     inputs = tile_inputs(format, weight.shape[-1])
     bytes_per_out = inputs * values.nbytes / math.prod(weight.shape)
@@ -280,6 +305,8 @@ def default_blocks(weight: jax.Array | QuantizedTensor, x: jax.Array, device: De
     most_rows = min(MOST_ROWS, X_TILE_BYTES // (inputs * x.dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
     row_tiles = -(-x.shape[0] // most_rows)
     rows = round_up(-(-x.shape[0] // row_tiles), ROW_MULTIPLE)
+    if row_tiles == 1 and x.dtype.itemsize > 1:
+        rows = x.shape[0]
     outs = min(outs, OUTS[1], MOST_SUMS // rows) // OUTS[0] * OUTS[0]
     return {"rows": rows, "outs": max(outs, OUTS[0]), "inputs": inputs}
 

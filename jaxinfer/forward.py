@@ -18,6 +18,7 @@ from jaxinfer.batch import PagedCache
 from jaxinfer.config import ModelConfig, page_groups
 from jaxinfer.models.layers import Attend
 from jaxinfer.models.transformer import Decoder
+from jaxinfer.shared_work import SharedWork
 from pallas_kernels import attention
 from pallas_kernels.attention import Ragged
 from sharding import context
@@ -86,7 +87,9 @@ class Forward:
 
     def _attention(self, pools: list[Any], ragged: tuple[Ragged, ...]) -> Attend:
         """What layers call; it replaces the pools by those with the new rows in them."""
-        model, parallel = self.stage, self.parallel
+        model, parallel, work = self.stage, self.parallel, SharedWork()
+        group: dict[str, Any] = {"axes": parallel.context_axes, "shards": parallel.context}
+        ragged = tuple(context.spread(each, **group) for each in ragged)
 
         def attend(
             index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, sinks: jax.Array | None
@@ -99,11 +102,9 @@ class Forward:
                 "scale": model.attention_scale,
             }
             if parallel.context == 1:
-                out, _, pools[place] = _attend(q, k, v, pools[place], rows, sinks, **options)
+                out, _, pools[place] = work.call(_attend, rows, q, k, v, pools[place], sinks, **options)
             else:
-                out, pools[place] = _attend_over(
-                    q, k, v, pools[place], rows, sinks, axes=parallel.context_axes, shards=parallel.context, **options
-                )
+                out, pools[place] = work.call(_attend_over, rows, q, k, v, pools[place], sinks, **options, **group)
             return out
 
         return attend
@@ -157,17 +158,16 @@ class Forward:
 
 
 # Traced and lowered once for all layers that are alike: of 80 layers, most of the time before XLA has the program.
-# Inlined, so that the program is the same.
 _OPTIONS = ("window", "softcap", "scale")
 
 
-@partial(jax.jit, inline=True, static_argnames=_OPTIONS)
-def _attend(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged, sinks: Any, **options: Any) -> Any:
+@partial(jax.jit, static_argnames=_OPTIONS)
+def _attend(ragged: Ragged, q: Any, k: Any, v: Any, kv: Any, sinks: Any, **options: Any) -> Any:
     return attention.attend(q, k, v, kv, ragged, sinks=sinks, **options)
 
 
-@partial(jax.jit, inline=True, static_argnames=(*_OPTIONS, "axes", "shards"))
-def _attend_over(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged, sinks: Any, **options: Any) -> Any:
+@partial(jax.jit, static_argnames=(*_OPTIONS, "axes", "shards"))
+def _attend_over(ragged: Ragged, q: Any, k: Any, v: Any, kv: Any, sinks: Any, **options: Any) -> Any:
     return context.attend(q, k, v, kv, ragged, sinks=sinks, **options)
 
 

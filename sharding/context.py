@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from pallas_kernels import attention
 from pallas_kernels.attention import LayerKV, Ragged
@@ -27,6 +26,13 @@ class Rules(NamedTuple):
     window: int | None
     softcap: float | None
     scale: float | None
+
+
+def spread(ragged: Ragged, *, axes: tuple[str, ...], shards: int) -> Ragged:
+    """The sequences of one device as each of `shards` along mesh `axes` has them."""
+    if shards == 1:
+        return ragged
+    return replace(ragged, page_stride=shards, page_offset=lax.axis_index(axes))
 
 
 def attend(
@@ -46,8 +52,9 @@ def attend(
     """`attention.attend` by the `shards` devices along mesh `axes`; page i of a sequence lies on shard `i % shards`.
 
     `q [rows, q_heads, head_dim]`, `k, v [rows, kv_heads, head_dim]`: all decode rows, the same on every shard, then
-    this shard's part, 1/shards in one run, of the packed prefill tokens. `ragged` says of all rows and tokens what it
-    says on one device. Returns `out` like q, of these rows, and the pages. Raises ValueError where parts do not fit.
+    this shard's part, 1/shards in one run, of the packed prefill tokens. `ragged`, of `spread`, says of all rows and
+    tokens what it says on one device. Returns `out` like q, of these rows, and the pages. Raises ValueError where parts
+    do not fit.
     """
     if shards == 1:
         out, _, kv = attention.attend(q, k, v, kv, ragged, window=window, softcap=softcap, sinks=sinks, scale=scale)
@@ -55,14 +62,13 @@ def attend(
     rules = Rules(axes, shards, window, softcap, scale)
     decode_rows = ragged.num_decode_seqs * ragged.width
     _check(q, ragged, decode_rows, shards)
-    ragged = replace(ragged, page_stride=shards, page_offset=lax.axis_index(axes))
     decoding, prefill = _phases(ragged, decode_rows)
     size = q.shape[0] - decode_rows
     (decode_k, own_k), (decode_v, own_v) = (_cut(x, decode_rows) for x in (k, v))
     # all writes come before the first call that only reads, so that no pool is copied to keep what was
     if size and own_k is not None and own_v is not None:
         kv = _write(own_k, own_v, kv, prefill, rules)
-    results = jnp.zeros((0, _words(q)), _word(q))
+    results = jnp.zeros((0, q.shape[1] * (q.shape[2] + 1)), jnp.float32)
     if decode_rows:
         out, lse, kv = _partial(q[:decode_rows], decode_k, decode_v, kv, decoding, rules)
         results = _packed(out, lse)
@@ -122,7 +128,7 @@ def _partial(
 
 
 def _ring(q: jax.Array, kv: LayerKV, prefill: Ragged, before: jax.Array, rules: Rules) -> jax.Array:
-    """`[shards, rows, words]`: for each shard the decode rows' results `before`, then those of its block of queries.
+    """`[shards, rows, packed]`: for each shard the decode rows' results `before`, then those of its block of queries.
 
     The next block is on its way while this one is attended to. A loop, so that the kernel is compiled once; its last
     step sends the blocks home, which nobody waits for.
@@ -152,28 +158,17 @@ def _block(prefill: Ragged, first: jax.Array, size: int) -> Ragged:
     )
 
 
-def _word(q: jax.Array) -> DTypeLike:
-    """Integers as wide as q's values: what travels must arrive bit by bit, and integers do."""
-    return jnp.dtype(f"uint{8 * q.dtype.itemsize}")
-
-
-def _words(q: jax.Array) -> int:
-    """Words of a row of results: the output's values, and a float32 for each head."""
-    return q.shape[1] * (q.shape[2] + 4 // q.dtype.itemsize)
-
-
 def _packed(out: jax.Array, lse: jax.Array) -> jax.Array:
-    """`out [rows, heads, head_dim]` and `lse f32[rows, heads]` as one array `[rows, words]`."""
-    parts = [lax.bitcast_convert_type(x, _word(out)).reshape(x.shape[0], -1) for x in (out, lse)]
-    return jnp.concatenate(parts, axis=1)
+    """`out [rows, heads, head_dim]` and `lse f32[rows, heads]` as one array f32[rows, heads * (head_dim + 1)].
+
+    As words of 16 bits they would be half as many bytes, and a TPU would spend a dozen operations on cutting them up.
+    """
+    return jnp.concatenate([out.astype(jnp.float32).reshape(out.shape[0], -1), lse], axis=1)
 
 
 def _merged(parts: jax.Array, q: jax.Array, sinks: jax.Array | None) -> jax.Array:
-    """`out` like q of all shards' packed results `[shards, rows, words]`, joined in float32 in the order of shards."""
+    """`out` like q of all shards' packed results `[shards, rows, packed]`, joined in float32 in the order of shards."""
     rows, heads, head_dim = q.shape
-    outs, sums = jnp.split(parts, [heads * head_dim], axis=2)
-    per_sum = (4 // q.dtype.itemsize,) if q.dtype.itemsize < 4 else ()
-    out = lax.bitcast_convert_type(outs, q.dtype).reshape(-1, rows, heads, head_dim).astype(jnp.float32)
-    lse = lax.bitcast_convert_type(sums.reshape(-1, rows, heads, *per_sum), jnp.float32)
-    merged = attention.merge(list(zip(out, lse, strict=True)))
+    outs, lse = jnp.split(parts, [heads * head_dim], axis=2)
+    merged = attention.merge(list(zip(outs.reshape(-1, rows, heads, head_dim), lse, strict=True)))
     return attention.with_sinks(*merged, sinks)[0].astype(q.dtype)

@@ -254,8 +254,9 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     weights = [jnp.exp(lse - highest) for _, lse in parts]
     total = sum(weights[1:], start=weights[0])
     used = total != 0  # NaN is of use: it must be seen
-    weighted = sum(out.astype(jnp.float32) * weight[..., None] for (out, _), weight in zip(parts, weights, strict=True))
-    out = jnp.where(used[..., None], weighted / jnp.where(used, total, 1.0)[..., None], 0.0)
+    shares = [weight / jnp.where(used, total, 1.0) for weight in weights]
+    terms = [out.astype(jnp.float32) * share[..., None] for (out, _), share in zip(parts, shares, strict=True)]
+    out = sum(terms[1:], start=terms[0])
     return out.astype(parts[0][0].dtype), jnp.where(used, highest + jnp.log(jnp.where(used, total, 1.0)), -jnp.inf)
 
 

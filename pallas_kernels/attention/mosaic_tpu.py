@@ -137,7 +137,7 @@ def _run(
         tokens = jnp.concatenate(words)
     new = new_scales = None
     if k is not None and v is not None:
-        new, new_scales = _new_rows(phase.lanes(k), phase.lanes(v), kv.spec)
+        new, new_scales = _new_rows(k, v, kv.spec, phase.lanes)
     table = ragged.page_table[:, None, :]
     positions = None
     if ragged.kv_position is not None:
@@ -160,13 +160,15 @@ def _run(
     return out, lse, replace(kv, values=values, scales=scales)
 
 
-def _new_rows(k: jax.Array, v: jax.Array, spec: KVSpec) -> tuple[jax.Array, jax.Array | None]:
-    """`[tokens, kv_heads, head_dim]` twice -> `[kv_heads, 2 * rows, tokens]` and scales, as pages have them."""
+def _new_rows(
+    k: jax.Array, v: jax.Array, spec: KVSpec, lanes: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array | None]:
+    """`[tokens, kv_heads, head_dim]` twice -> `[kv_heads, 2 * rows, lanes]` and scales, as pages have them."""
     (keys, key_scales), (values, value_scales) = stored(spec, k), stored(spec, v)
-    new = jnp.concatenate([keys.transpose(1, 2, 0), values.transpose(1, 2, 0)], axis=1)
+    new = lanes(jnp.concatenate([keys, values], axis=2)).transpose(1, 2, 0)
     if key_scales is None or value_scales is None:
         return new, None
-    return new, jnp.stack([key_scales.T, value_scales.T], axis=1)
+    return new, lanes(jnp.stack([key_scales, value_scales], axis=2)).transpose(1, 2, 0)
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

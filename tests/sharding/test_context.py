@@ -78,7 +78,8 @@ class Group:
         options = {name: x for name, x in inputs.options.items() if name != "sinks"}
 
         def call(q: Any, k: Any, v: Any, ragged: Ragged, sinks: Any, kv: Any) -> Any:
-            return context.attend(q, k, v, kv, ragged, axes=self.axes, shards=self.shards, sinks=sinks, **options)
+            group = {"axes": self.axes, "shards": self.shards}
+            return context.attend(q, k, v, kv, context.spread(ragged, **group), sinks=sinks, **group, **options)
 
         by_head = PartitionSpec(self.axes, self.heads)
         return jax.shard_map(
@@ -324,7 +325,8 @@ def test_on_tpus_queries_travel_while_the_kernel_runs_and_no_page_is_copied(name
     kv = jax.tree.map(lambda x: by_device(*x.shape, dtype=x.dtype), pool)
 
     def call(q: Any, k: Any, v: Any, kv: Any, ragged: Ragged) -> Any:
-        return context.attend(q, k, v, kv, ragged, axes=("context",), shards=shards)
+        group = {"axes": ("context",), "shards": shards}
+        return context.attend(q, k, v, kv, context.spread(ragged, **group), **group)
 
     split = PartitionSpec("context")
     program = jax.shard_map(

@@ -40,7 +40,7 @@ class Compiled:
     device: Device
     seconds: float  # tracing, lowering and compiling; of `compile_lowered`: compiling
     argument_bytes: int
-    temporary_bytes: int  # device memory beside arguments and results
+    temporary_bytes: int  # HBM beside arguments and results
     aliased_bytes: int  # results that lie where a donated argument lay
     fast_memory_bytes: tuple[int, ...]  # what each Pallas kernel asks of VMEM, in the order of the program
     text: str = field(repr=False)  # the optimised HLO
@@ -166,7 +166,8 @@ def _compile(lowered: jax.stages.Lowered, device: Device, began: float, options:
         device=device,
         seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
+        # temp_size_in_bytes would count what is planned for VMEM too
+        temporary_bytes=memory.total_allocation_bytes - memory.indefinite_allocations,
         aliased_bytes=memory.alias_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         fast_memory_bytes=_scoped(text),

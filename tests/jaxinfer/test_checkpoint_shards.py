@@ -327,11 +327,21 @@ def test_a_device_has_a_quantized_weight_of_its_own(tmp_path: Path, scheme: str,
     assert num_split >= 8 or parts[1] == 1
 
 
+@pytest.mark.parametrize("mesh", ["pipe=2", "tensor=2", "tensor=4"])
 @pytest.mark.parametrize("scheme", ["awq", "packed int4 zero points", "w8a8 int8"])
-def test_stages_of_quantized_layers(tmp_path: Path, scheme: str) -> None:
-    write_model(tmp_path, SCHEMES[scheme].config, SCHEMES[scheme].write)
+def test_quantized_layers_as_the_engine_places_them(tmp_path: Path, scheme: str, mesh: str) -> None:
+    """On four devices each of the two K/V heads is on two."""
+    write_model(
+        tmp_path,
+        SCHEMES[scheme].config,
+        SCHEMES[scheme].write,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=8,
+    )
     config = load_config(tmp_path)
-    placed = place_parameters(config, BF16, mesh_of(config, EngineConfig(mesh="pipe=2", max_num_seqs=8)))
+    placed = place_parameters(config, BF16, mesh_of(config, EngineConfig(mesh=mesh, max_num_seqs=8)))
+    assert any(len(parameter.parts) == 3 and parameter.spec.format is not None for parameter in placed)
     everything = dict(zip(abstract_parameters(config, BF16), load_parameters(tmp_path, config, BF16), strict=True))
     for parameter, array in taken_apart(placed, load_parameters(tmp_path, config, BF16, placed=placed)):
         parts = [jax.tree.leaves(everything[name]) for name in parameter.names]

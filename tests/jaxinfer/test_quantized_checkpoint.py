@@ -383,6 +383,23 @@ def test_which_modules_are_quantized(tmp_path: Path) -> None:
     assert set(ignored) == {"mlp.gate", "mlp.down"}
 
 
+def test_maps_of_the_same_inputs_are_one_array_where_they_are_stored_alike(tmp_path: Path) -> None:
+    """Layer 1 has a plain k and up beside quantized maps."""
+    write_model(tmp_path, INT4, SCHEMES["packed int4"].write)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    hf["quantization_config"]["ignore"] = [r"re:.*layers\.1\..*(k|up)_proj", "lm_head"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = load_config(tmp_path)
+    own, fused = (abstract_parameters(config, BF16, fused=fused) for fused in (False, True))
+    assert {name: spec.parts for name, spec in fused.items() if spec.parts} == {
+        "layers.0.attention.fused.weight": tuple(f"layers.0.attention.{name}.weight" for name in "qkv"),
+        "layers.0.mlp.fused.weight": ("layers.0.mlp.gate.weight", "layers.0.mlp.up.weight"),
+    }
+    assert own["layers.1.mlp.up.weight"].format is None and own["layers.1.mlp.gate.weight"].format is not None
+    names = [part for name, spec in fused.items() for part in spec.parts or (name,)]
+    assert sorted(names) == sorted(own)
+
+
 def test_the_narrowest_target_decides(tmp_path: Path) -> None:
     groups = {
         "all": {"targets": ["Linear"], "weights": weights(4, "group", group_size=32)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -90,6 +91,24 @@ def test_sums_over_several_tiles_of_inputs_and_rows(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
+    ("name", "rows", "in_size"),
+    [("int8", 3, 2560), ("int8", 37, 4096), ("int4", 5, 4096), ("w8a8-int8", 5, 3072), ("int8", 1, 2048)],
+)
+def test_loops_over_a_tile_and_what_is_left_of_it(name: str, rows: int, in_size: int) -> None:
+    """2,560 inputs are two turns of 1,024 and a piece of 512; rows are as many as there are, where x is wide."""
+    with interpreted():
+        cases.check("mosaic_tpu", Case(name, rows, in_size, 300), device=V5E)
+
+
+def test_rows_are_padded_where_they_are_bytes_or_several_tiles() -> None:
+    _, weight = cases.build(Case("int8", 1, 4096, 256))
+    rows = lambda count, dtype: mosaic_tpu.default_blocks(weight, jnp.zeros((count, 4096), dtype), V6E)["rows"]
+    assert rows(37, jnp.bfloat16) == 37
+    assert rows(37, jnp.int8) == 64
+    assert rows(700, jnp.bfloat16) == 352  # two tiles
+
+
+@pytest.mark.parametrize(
     ("format", "group_size"), [("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128), ("int4", 512)]
 )
 def test_pieces_cover_every_input_once_in_its_group(format: str, group_size: int) -> None:
@@ -168,6 +187,20 @@ def test_compiles(device: Device, format: str) -> None:
     assert max(compiled.fast_memory_bytes) <= mosaic_tpu.VMEM_LIMIT
     assert not compiled.copies_of(weight.values.shape)
     assert compiled.temporary_bytes < weight.num_bytes / 2, "the weight is copied, or widened outside the kernel"
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, jnp.bfloat16), (3, jnp.bfloat16), (2, jnp.float32), (37, jnp.bfloat16), (300, jnp.bfloat16)]
+)
+@pytest.mark.parametrize("format", ["int8", "int4/g128", "w8a8-int8", "w8a8-fp8", "2:4-int8"])
+@pytest.mark.parametrize("device", [V5E, TPU7X], ids=str)
+def test_compiles_for_any_number_of_rows(device: Device, format: str, rows: int, dtype: Any) -> None:
+    x, weight = jax.ShapeDtypeStruct((rows, 4096), dtype), abstract(format, 2048, 4096)
+    compiled = topology.compile_for(device, partial(matmul, backend="mosaic_tpu"), x, weight)
+    assert max(compiled.fast_memory_bytes) <= mosaic_tpu.VMEM_LIMIT
+    if format == "int8":
+        assert not re.search(r" pad\(", compiled.text), "rows are padded beside the kernel"
 
 
 @pytest.mark.accelerators

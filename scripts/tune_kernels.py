@@ -30,7 +30,7 @@ from sharding import topology
 
 LEAST_GAIN = 0.02  # of the time: less is noise
 HEADS = ((32, 8, 128), (32, 32, 128), (32, 8, 64), (16, 8, 256), (64, 8, 128))  # query heads, KV heads, head_dim
-SIZES = ((4096, 14336), (14336, 4096), (4096, 6144), (8192, 28672))  # inputs, outputs
+SIZES = ((4096, 28672), (14336, 4096), (4096, 6144), (8192, 57344))  # inputs, outputs; gate and up are one product
 EXPERT_SIZES, NUM_EXPERTS = ((2048, 768), (768, 2048)), 32
 FORMATS = ("int4/g128", "int8", "fp8", "w8a8-int8")
 ROWS = (1, 16, 64, 512)

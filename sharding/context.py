@@ -81,6 +81,8 @@ def attend(
 
 
 def _check(q: jax.Array, ragged: Ragged, decode_rows: int, shards: int) -> None:
+    if ragged.page_stride != shards:
+        raise ValueError(f"ragged is for pages over {ragged.page_stride} devices, not over {shards}: spread makes it")
     tokens = ragged.q_position.shape[0] - decode_rows
     if q.shape[0] == 0 or (q.shape[0] - decode_rows) * shards != tokens:
         raise ValueError(

@@ -100,7 +100,7 @@ class Linear(nnx.Module):
         bias: bool = False,
         maps: Sequence[Build] = (),
     ):
-        """`maps`: the linear maps that it is instead of, where it is of all their outputs."""
+        """`maps`: builds of the linear maps whose outputs, in this order, are its own; none: it is one by itself."""
         self.weight = matrix((out_size, in_size), axes, build, parts=tuple(f"{each.path}weight" for each in maps))
         if bias:
             parts = tuple(f"{each.path}bias" for each in maps)

@@ -60,9 +60,9 @@ class _Piece:
     outputs: slice | None  # of a fused parameter's
 
     @property
-    def key(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def key(self) -> tuple[str, Region]:
         """The same for pieces with the same content."""
-        return self.name, tuple((part.start, part.stop) for part in self.region)
+        return self.name, self.region
 
     def of(self, host: Host) -> Any:
         """Views of the shard's arrays."""
@@ -71,8 +71,9 @@ class _Piece:
             own = jax.tree.map(partial(_view, place=self.place), host)
         if self.outputs is not None:
             own = _outputs(own, self.outputs)
-        if self.stored == self.region or self.stored is None:
+        if self.stored == self.region:
             return own
+        assert self.stored is not None, "nothing but padding"
         return own[tuple(slice(0, part.stop - part.start) for part in self.stored)]
 
 

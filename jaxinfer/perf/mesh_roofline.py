@@ -91,7 +91,7 @@ def decode_step(
     rows = batch / mesh.data
     sent = _sums_sent(model, mesh, device, rows * model.embed_size * activation_bytes)
     for index in range(len(model.layers)):  # each shard's partial results, to every shard
-        results = _query_bytes(model, mesh, index, activation_bytes + 4 / model.kv_shape(index).head_dim)
+        results = _query_bytes(model, mesh, index, 4 + 4 / model.kv_shape(index).head_dim)
         sent += (mesh.context - 1) * rows * results * device.devices_per_chip / mesh.pipe
     return Work(
         weight_bytes=mesh.pipe * (weights.dense + weights.experts * _experts_read(model, rows / mesh.pipe)),
@@ -120,7 +120,7 @@ def prefill_chunk(
         shape = model.kv_shape(index)
         new_rows = 2 * shape.kv_heads / kv_shards(shape.kv_heads, mesh.group) * shape.head_dim * activation_bytes
         queries = _query_bytes(model, mesh, index, activation_bytes)
-        results = _query_bytes(model, mesh, index, activation_bytes + 4 / shape.head_dim)
+        results = _query_bytes(model, mesh, index, 4 + 4 / shape.head_dim)
         # new rows to every shard, queries round a ring, results back to their owners
         sent += (mesh.context - 1) * own * (new_rows + queries + results) * device.devices_per_chip / mesh.pipe
     return Work(

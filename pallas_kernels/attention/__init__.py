@@ -248,7 +248,7 @@ def move_rows(kv: LayerKV, source: tuple[jax.Array, jax.Array], target: tuple[ja
 def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     """One `(out [..., head_dim], lse f32[...])` from those over disjoint sets of rows, exactly (log-sum-exp).
 
-    A part that saw no row has lse -inf and adds nothing.
+    A part that saw no row has lse -inf and adds nothing, if its `out` is finite.
     """
     highest = jnp.maximum(jnp.max(jnp.stack([lse for _, lse in parts]), axis=0), jnp.finfo(jnp.float32).min)
     weights = [jnp.exp(lse - highest) for _, lse in parts]

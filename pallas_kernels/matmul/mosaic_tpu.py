@@ -30,9 +30,8 @@ X_TILE_BYTES = 8 << 20  # most of x in one tile
 MOST_INPUTS = 4096  # of a tile, where inputs divide well
 MOST_INPUTS_WHOLE = 16384  # of a tile where they do not
 PIECE_INPUTS = 512  # widened at a time
-TURN_INPUTS = (
-    2 * PIECE_INPUTS
-)  # of a plane, in one turn of a loop; less would leave the matrix unit waiting at its ends
+# Of a plane, in one turn of a loop: with fewer, the matrix unit would wait more often at its start and end.
+TURN_INPUTS = 2 * PIECE_INPUTS
 TILE_US = 1.5  # to read a tile of weights: some times what a step of the grid costs
 OUTS = (256, 1024)  # least and most of a tile
 MOST_SUMS = 512 * 512  # of a tile: every one is code, since a product's own loops are unrolled
@@ -296,7 +295,7 @@ def tiling_of(weight: jax.Array | QuantizedTensor, blocks: dict[str, int], *, in
 def default_blocks(weight: jax.Array | QuantizedTensor, x: jax.Array, device: Device) -> dict[str, int]:
     """Rows in equal tiles, as few as are allowed; weights in tiles that take TILE_US to read.
 
-    One tile of rows takes them as they are, but for those of one byte: padding is an operation beside each product.
+    Rows of a single tile are as many as there are, unless of bytes, so that none are added beside each product.
     """
     format, values = (weight.format, weight.values) if isinstance(weight, QuantizedTensor) else ("dense", weight)
     inputs = tile_inputs(format, weight.shape[-1])

@@ -59,7 +59,7 @@ def test_context_shards_have_a_part_of_every_sequence_and_exchange_results() -> 
     alone, work = step(MeshConfig()), step(MeshConfig(context=4))
     assert work.kv_bytes == alone.kv_bytes / 4
     assert work.flops == alone.flops - 8 * 4 * 4 * 16 * 100 * 10 * 3 / 4  # linear maps are repeated
-    assert work.sent_bytes == 10 * 3 * 8 * 4 * (16 * 2 + 4)
+    assert work.sent_bytes == 10 * 3 * 8 * 4 * (16 * 4 + 4)  # results are float32
 
 
 def test_stages_read_their_weights_for_every_micro_batch() -> None:
@@ -103,7 +103,7 @@ def test_a_prefill_chunk_over_context_shards() -> None:
     linear = 2 * 10 * LAYER_WEIGHTS * 512 + 2 * 5000 * 1000
     attention = prefill_flops(MODEL, 512) - linear
     assert work.flops == pytest.approx(2 * 10 * LAYER_WEIGHTS * 256 + 2 * 5000 * 1000 + attention / 2)
-    new_rows, queries, results = 2 * 2 * 16 * 2, 4 * 16 * 2, 4 * (16 * 2 + 4)
+    new_rows, queries, results = 2 * 2 * 16 * 2, 4 * 16 * 2, 4 * (16 * 4 + 4)
     assert work.sent_bytes == 10 * 256 * (new_rows + queries + results)
 
 

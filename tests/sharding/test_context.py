@@ -281,6 +281,9 @@ def test_tokens_that_do_not_divide_are_named(rows: int, tokens: int) -> None:
     )
     kv = attention.allocate(Case().spec, 3, backend="xla")
     q = jnp.zeros((rows, 4, 64))
+    with pytest.raises(ValueError, match="ragged is for pages over 1 devices, not over 2: spread makes it"):
+        context.attend(q, None, None, kv, ragged, axes=("context",), shards=2)
+    ragged = replace(ragged, page_stride=2)
     with pytest.raises(
         ValueError, match=rf"{rows} rows of q are not 0 decode rows and one of 2 equal parts of {tokens}"
     ):

@@ -46,8 +46,11 @@ finish() {
   exec "$@"
 }
 
-# needs_value OPTION NUM_ARGUMENTS: the option is followed by something.
-needs_value() { [ "$2" -ge 2 ] || die "$1 needs a value"; }
+# needs_value OPTION ARGUMENT...: a value follows the option; an empty one would be taken for the default.
+needs_value() {
+  [ $# -ge 2 ] || die "$1 needs a value"
+  [ -n "$2" ] || die "$1 '' is empty: give a value, or leave the option out for its default"
+}
 
 # one_of OPTION VALUE CHOICE...
 one_of() {
@@ -63,6 +66,7 @@ one_of() {
 whole_number() {
   case $2 in
     "" | *[!0-9]* | ??????????*) die "$1 '$2' must be a whole number from $3 to $4" ;;
+    0?*) die "$1 '$2' must be a number without leading zeros" ;; # to a shell it would be octal
   esac
   [ "$2" -ge "$3" ] && [ "$2" -le "$4" ] || die "$1 $2 must be from $3 to $4"
 }

@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
       ;;
     --model | --mesh | --replicas | --gpus | --port | --runtime | --extra | --image | --coordinator | --num-hosts | \
       --host-id)
-      needs_value "$1" $#
+      needs_value "$@"
       case $1 in
         --model) model=$2 ;;
         --mesh) mesh=$2 ;;
@@ -97,7 +97,8 @@ in_venv() {
 
 # The container's port is open on all of its own interfaces, hence --insecure; docker publishes it on the host's loopback
 # interface only. Several hosts must reach each other: they take the host's network, and the port stays on loopback.
-# The volume keeps compiled programs; docker makes it with the owner that /cache has in the image.
+# The volume keeps compiled programs, of several hosts only on host 0, which alone writes them; docker makes it with the
+# owner that /cache has in the image.
 in_docker() {
   image=${image:-jaxinfer:$extra}
   [ "$build" = no ] || run docker build --file "$root/deploy/Dockerfile" --build-arg "EXTRA=$extra" --tag "$image" "$root"

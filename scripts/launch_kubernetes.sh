@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
       continue
       ;;
     --image | --namespace | --context)
-      needs_value "$1" $#
+      needs_value "$@"
       case $1 in
         --image) image=$2 ;;
         --namespace) namespace=$2 ;;

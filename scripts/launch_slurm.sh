@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
       ;;
     --model | --mesh | --replicas | --nodes | --gpus-per-node | --cpus-per-task | --time | --partition | --account | \
       --constraint | --job-name | --port | --coordinator-port | --jaxinfer)
-      needs_value "$1" $#
+      needs_value "$@"
       case $1 in
         --model) model=$2 ;;
         --mesh) mesh=$2 ;;

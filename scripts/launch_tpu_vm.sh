@@ -52,7 +52,7 @@ while [ $# -gt 0 ]; do
       continue
       ;;
     --device | --zone | --project | --model | --mesh | --replicas | --provisioning | --max-run | --port | --disk-gb)
-      needs_value "$1" $#
+      needs_value "$@"
       case $1 in
         --device) device=$2 ;;
         --zone) zone=$2 ;;
@@ -223,7 +223,7 @@ delete_all() {
 
 # ---- installing and starting ----
 
-vms() { # names, one a line; a dry run knows those of a group only by their pattern
+vms() { # names, one a line; a dry run has a placeholder for those of a group
   if [ "$tpu" = v5e ] || [ "$hosts" = 1 ]; then
     printf '%s\n' "$name"
   elif [ "$dry_run" = yes ]; then
@@ -304,7 +304,8 @@ number_of() {
   number=$(on_vm "$1" "curl -sf -H Metadata-Flavor:Google $metadata/agent-worker-number")
   if [ "$dry_run" = yes ]; then
     printf '%s\n' "$number" >&3
-    number=0
+    printf NUMBER
+    return
   fi
   whole_number "worker number of $1:" "$number" 0 "$((hosts - 1))"
   printf '%s' "$number"
@@ -330,7 +331,11 @@ on_all() {
 }
 
 all_vms=$(vms)
-[ "$dry_run" = no ] || [ "$hosts" = 1 ] || [ "$tpu" = v5e ] || printf '# on each of the %s VMs of the group:\n' "$hosts"
+if [ "$dry_run" = yes ] && [ "$hosts" -gt 1 ] && [ "$tpu" != v5e ]; then
+  printf '# on each of the %s VMs of the group:\n' "$hosts"
+  printf '# (%s is its name, NUMBER its agent-worker-number, 0 to %s; ' "$all_vms" "$((hosts - 1))"
+  printf '%s is the name of number 0)\n' "$name-FIRST"
+fi
 on_all prepare
 numbers="" first=$(printf '%s\n' "$all_vms" | head -n 1)
 if [ "$hosts" -gt 1 ] && [ "$tpu" != v5e ]; then
@@ -342,6 +347,7 @@ $vm $number"
   done
   [ "$dry_run" = yes ] || [ "$(printf '%s\n' "$numbers" | sed 's/.* //' | sort -u | grep -c .)" = "$hosts" ] \
     || die "the VMs' worker numbers are not 0 to $((hosts - 1)):$(printf '%s' "$numbers" | tr '\n' ';')"
+  [ "$dry_run" = no ] || first=$name-FIRST
 fi
 on_all start
 

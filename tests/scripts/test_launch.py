@@ -168,13 +168,17 @@ def test_every_launcher_is_tested() -> None:
     assert all(os.access(path, os.X_OK) for path in LAUNCHERS)
 
 
+def options_of(name: str) -> set[str]:
+    source = (ROOT / "scripts" / name).read_text()
+    patterns = [line for line in source.splitlines() if re.match(r" *--[a-z-]+( \|.*|\))", line)]
+    return set(re.findall(r"--[a-z][a-z-]*", " ".join(line.split(")")[0] for line in patterns)))
+
+
 @pytest.mark.parametrize("name", SMALL_ARGUMENTS)
 def test_help_lists_every_option(machine: Machine, name: str) -> None:
     shown = machine.run(name, "--help")
     assert shown.returncode == 0 and machine.log() == []
-    source = (ROOT / "scripts" / name).read_text()
-    patterns = [line for line in source.splitlines() if re.match(r" *--[a-z-]+( \|.*|\))", line)]
-    options = set(re.findall(r"--[a-z][a-z-]*", " ".join(line.split(")")[0] for line in patterns)))
+    options = options_of(name)
     assert {"--dry-run", "--help"} <= options and len(options) >= 5
     assert [option for option in sorted(options) if option not in shown.stdout] == []
 
@@ -182,6 +186,21 @@ def test_help_lists_every_option(machine: Machine, name: str) -> None:
 @pytest.mark.parametrize("name", SMALL_ARGUMENTS)
 def test_dry_run_calls_nothing_and_writes_nothing(machine: Machine, name: str) -> None:
     assert machine.dry_run(name, *SMALL_ARGUMENTS[name])
+
+
+@pytest.mark.parametrize("name", SMALL_ARGUMENTS)
+def test_an_empty_value_is_refused(machine: Machine, name: str) -> None:
+    """It is mostly a variable that is not set; the option's default is not what was asked for."""
+    switches = {"--help", "--dry-run", "--build", "--delete"}
+    with_values = sorted(options_of(name) - switches)
+    assert len(with_values) >= 3
+    for option in with_values:
+        for empty in ([option, ""], [f"{option}="]):
+            done = machine.run(name, *SMALL_ARGUMENTS[name], *empty)
+            assert (done.returncode, done.stdout, machine.log()) == (2, "", [])
+            assert done.stderr == (
+                f"{name}: error: {option} '' is empty: give a value, or leave the option out for its default\n"
+            )
 
 
 TPU = ("serve1", "--zone", "us-east5-b", "--project", "my-project", "--mesh=tensor=4", "--model")
@@ -312,6 +331,10 @@ def test_each_node_of_a_job_runs_one_process_that_knows_its_number(machine: Mach
     assert len(tasks) == 2
 
 
+def test_a_job_may_ask_for_no_gpus(machine: Machine) -> None:
+    assert "gpus-per-node" not in machine.dry_run("launch_slurm.sh", "--gpus-per-node", "0")
+
+
 def test_a_job_of_one_node_needs_no_coordinator(machine: Machine) -> None:
     job = machine.dry_run("launch_slurm.sh", "--mesh", "tensor=4", "--replicas", "2")
     assert machine.shell("-c", f"exec bash -c {shlex.quote(job)}", SLURM_JOB_NODELIST="node7").returncode == 0
@@ -414,12 +437,15 @@ def test_a_slice_whose_numbers_repeat_is_not_started(machine: Machine) -> None:
     assert not [call for call in machine.log() if "systemd-run" in " ".join(call)]
 
 
-def test_a_dry_run_of_a_slice_shows_one_vm_of_it(machine: Machine) -> None:
+def test_a_dry_run_of_a_slice_shows_one_vm_of_it_with_placeholders(machine: Machine) -> None:
     rented = ["--device", "v5p:2x2x4", "--mesh", "tensor=16", "--provisioning", "spot"]
     printed = machine.dry_run("launch_tpu_vm.sh", *TPU, "m", *rented)
     assert "# on each of the 4 VMs of the group:" in printed and "--size=4" in printed
     assert "agent-worker-number" in printed and "--provisioning-model=SPOT" in printed
-    assert "--coordinator serve1-XXXX:8400 --num-hosts 4 --host-id 0" in printed
+    assert "--coordinator serve1-FIRST:8400 --num-hosts 4 --host-id NUMBER'" in printed
+    meaning = "(serve1-XXXX is its name, NUMBER its agent-worker-number, 0 to 3; serve1-FIRST is the name of number 0)"
+    assert f"# {meaning}" in printed.splitlines()
+    assert "compute ssh serve1-XXXX" in printed and not re.search(r"--host-id \d", printed)
 
 
 def test_a_vm_that_boots_slowly_is_asked_again(machine: Machine) -> None:
@@ -503,6 +529,10 @@ DEPLOYMENT = str(ROOT / "deploy" / "deployment.yaml")
         ("launch_gpu.sh", ["--port", "70000"], ["--port 70000", "1 to 65535"]),
         ("launch_gpu.sh", ["--port", "99999999999999999999"], ["--port '9999", "1 to 65535"]),
         ("launch_gpu.sh", ["--port"], ["--port needs a value"]),
+        ("launch_gpu.sh", ["--port", "050051"], ["--port '050051'", "leading zeros"]),
+        ("launch_gpu.sh", ["--replicas", "00"], ["--replicas '00'", "leading zeros"]),
+        ("launch_gpu.sh", [*HOSTS, "01"], ["--host-id '01'", "leading zeros"]),
+        ("launch_gpu.sh", ["--coordinator", "", "--num-hosts", "", "--host-id", ""], ["--coordinator '' is empty"]),
         ("launch_gpu.sh", ["--model", "/no/such"], ["--model '/no/such' is not a directory"]),
         ("launch_gpu.sh", ["--build"], ["--build needs --runtime docker"]),
         ("launch_gpu.sh", ["--coordinator", "a:1"], ["belong together"]),
@@ -511,6 +541,8 @@ DEPLOYMENT = str(ROOT / "deploy" / "deployment.yaml")
         ("launch_gpu.sh", [*HOSTS, "0", "--coordinator", "a"], ["--coordinator 'a'", "HOST:PORT"]),
         ("launch_gpu.sh", ["--max-num-seqs", "4"], ["'--max-num-seqs'", "after --"]),
         ("launch_slurm.sh", ["--nodes", "two"], ["--nodes 'two'", "1 to 4096"]),
+        ("launch_slurm.sh", ["--nodes", "08"], ["--nodes '08'", "leading zeros"]),
+        ("launch_slurm.sh", ["--nodes", "010", "--mesh", "tensor=64"], ["--nodes '010'", "leading zeros"]),
         ("launch_slurm.sh", ["--time", "soon"], ["--time 'soon'", "08:00:00"]),
         ("launch_slurm.sh", ["--job-name", "a b"], ["--job-name 'a b'"]),
         ("launch_slurm.sh", ["--partition", "x\n#SBATCH --uid=0"], ["--partition", "one line"]),
@@ -535,6 +567,7 @@ DEPLOYMENT = str(ROOT / "deploy" / "deployment.yaml")
         ("launch_tpu_vm.sh", [*VM, "v6e:2x2", "--provisioning", "flex-start"], ["needs --max-run"]),
         ("launch_tpu_vm.sh", [*VM, "v5e:2x2", "--max-run", "4h"], ["--max-run 4h", "v5e"]),
         ("launch_tpu_vm.sh", [*VM, "v6e:2x2", "--model", "a b"], ["--model 'a b'"]),
+        ("launch_tpu_vm.sh", [*VM, "v6e:2x2", "--disk-gb", "0200"], ["--disk-gb '0200'", "leading zeros"]),
         ("launch_kubernetes.sh", [], ["MANIFEST is missing"]),
         ("launch_kubernetes.sh", ["/no/such.yaml"], ["'/no/such.yaml' is no file"]),
         ("launch_kubernetes.sh", [DEPLOYMENT], ["--image is missing", "REGISTRY/jaxinfer:cuda13"]),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import scoring
+from jaxinfer import fingerprints, scoring
 from jaxinfer.batch import DeviceState
 from jaxinfer.blueprint import Blueprint
 from jaxinfer.cache import CacheManager
@@ -90,6 +90,7 @@ class Engine:
         self.max_model_len, self.num_pages = blueprint.max_model_len, blueprint.limits.num_pages
         if group is not None:
             check_spans_hosts(blueprint.mesh, group.size)
+            group.agree(fingerprints.facts(self.model_dir, config))
             limits = {"num_pages": self.num_pages, "max_model_len": self.max_model_len}
             group.agree(limits, "kv_memory_bytes and max_model_len set them")
         if config.invariant:

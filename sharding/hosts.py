@@ -27,7 +27,11 @@ def _flag(default: Any, help_text: str, limits: tuple[float, float] | None = Non
 
 @dataclass(frozen=True)
 class HostsConfig:
-    """How the hosts that run one engine find each other. Flags are generated from these fields."""
+    """How the hosts that run one engine find each other. Flags are generated from these fields.
+
+    `lost_after_s` ends at 15: noticing takes a fifth more, host 0's clients have 12 s to hear of it, and every process
+    ends within 30 s.
+    """
 
     hosts: str = _flag(
         "auto",
@@ -41,7 +45,7 @@ class HostsConfig:
     hosts_token_file: str | None = _flag(None, "file with a secret that every host must show (default: none is asked)")
     join_timeout_s: float = _flag(300.0, "longest wait for all hosts at the start, in seconds", (0.1, 86_400))
     lost_after_s: float = _flag(
-        15.0, "seconds without a sign of life after which a host is lost, and the group ends", (1, 25)
+        15.0, "seconds without a sign of life after which a host is lost, and the group ends", (1, 15)
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +84,7 @@ def _check_field(spec: dataclasses.Field, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """One host's place in a group of at least two."""
+    """One host's place among the hosts of a group."""
 
     source: str  # who said so, for messages
     host: str  # name or address of host 0
@@ -115,29 +119,39 @@ def locate(
 ) -> Place | None:
     """This host's place, or None where it is alone.
 
-    `variables`: the environment; `find_tpu` asks a TPU VM's metadata, and is called last. Raises HostsError for flags
-    that are half given, out of range, or contradict the launcher.
+    `variables`: the environment; `find_tpu` asks a TPU VM's metadata, is called last, and gives None where there is no
+    TPU. Raises HostsError for flags that are half given, out of range, or contradict the launcher, and where the
+    launcher that `config.hosts` names is not there.
     """
     if config.hosts == "none":
         return None
     if config.hosts == "tpu":
         if config.given():
             raise HostsError(f"--hosts tpu contradicts {' and '.join(config.given())}: --hosts flags takes flags alone")
-        return find_tpu()
+        place = find_tpu()
+        if place is None:
+            raise HostsError("--hosts tpu: this host has no TPU whose metadata say which host it is")
+        return _of_several(place)
     found = _launcher(config.hosts, variables)
+    indexed = config.hosts == "kubernetes" and config.given() and _INDEX in variables
+    if found is None and config.hosts in _WANTED and not indexed:
+        raise HostsError(f"--hosts {config.hosts}: the environment lacks {_WANTED[config.hosts]}")
     if config.given():
         return _from_flags(config, found, variables)
     if found is None:
         if config.hosts == "flags":
             raise HostsError("--hosts flags needs --coordinator, --num-hosts and --host-id")
-        if config.hosts != "auto":
-            raise HostsError(f"--hosts {config.hosts}: the environment lacks {_WANTED[config.hosts]}")
-        return find_tpu()
+        return _of_several(find_tpu())
     if found.num_hosts == 1:
         return None
     return Place(found.source, found.host, found.port, found.num_hosts, found.host_id, found.local_device_ids)
 
 
+def _of_several(place: Place | None) -> Place | None:
+    return None if place is None or place.num_hosts == 1 else place
+
+
+_INDEX = "JOB_COMPLETION_INDEX"
 _WANTED = {
     "slurm": "SLURM_STEP_NUM_TASKS, SLURM_PROCID and SLURM_STEP_NODELIST (start the command with srun)",
     "kubernetes": "LWS_GROUP_SIZE, LWS_WORKER_INDEX and LWS_LEADER_ADDRESS (a LeaderWorkerSet sets them; in an indexed "
@@ -177,11 +191,10 @@ def _from_flags(config: HostsConfig, found: _Found | None, variables: Mapping[st
         found = None
     num_hosts = config.num_hosts if config.num_hosts is not None or found is None else found.num_hosts
     host_id = config.host_id if config.host_id is not None or found is None else found.host_id
-    index = "JOB_COMPLETION_INDEX"
-    if host_id is None and config.hosts in ("auto", "kubernetes") and index in variables:
-        host_id = _number(variables, index, 0)
+    if host_id is None and config.hosts in ("auto", "kubernetes") and _INDEX in variables:
+        host_id = _number(variables, _INDEX, 0)
         if num_hosts is not None and host_id >= num_hosts:
-            raise HostsError(f"{index}={host_id} must be from 0 to {num_hosts - 1} (--num-hosts - 1)")
+            raise HostsError(f"{_INDEX}={host_id} must be from 0 to {num_hosts - 1} (--num-hosts - 1)")
     host, port = split_address(config.coordinator) if config.coordinator else (None, 0)
     if host is None and found is not None:
         host, port = found.host, found.port
@@ -206,7 +219,7 @@ def _slurm(variables: Mapping[str, str]) -> _Found | None:
     count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
     if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST", count} <= variables.keys():
         return None
-    num_hosts = _number(variables, count, 1)
+    num_hosts = _number(variables, count, 1, MAX_HOSTS)
     host_id = _number(variables, "SLURM_PROCID", 0)
     if host_id >= num_hosts:
         raise HostsError(f"SLURM_PROCID={host_id} must be below {count}={num_hosts}")
@@ -240,15 +253,23 @@ def _leader_worker_set(variables: Mapping[str, str]) -> _Found | None:
     names = ("LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS")
     if not set(names) <= variables.keys():
         return None
-    num_hosts, host_id = _number(variables, names[0], 1), _number(variables, names[1], 0)
+    num_hosts, host_id = _number(variables, names[0], 1, MAX_HOSTS), _number(variables, names[1], 0)
     if host_id >= num_hosts:
         raise HostsError(f"{names[1]}={host_id} must be below {names[0]}={num_hosts}")
-    return _Found("the LeaderWorkerSet", num_hosts, host_id, variables[names[2]], DEFAULT_PORT)
+    address = variables[names[2]]
+    try:
+        host, port = split_address(join_address(address, DEFAULT_PORT))
+    except HostsError as error:
+        raise HostsError(f"{names[2]}={address!r} is no name or address of a host") from error
+    return _Found("the LeaderWorkerSet", num_hosts, host_id, host, port)
 
 
-def _number(variables: Mapping[str, str], name: str, least: int) -> int:
+def _number(variables: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
     text = variables[name].strip()
-    if not text.isascii() or not text.isdecimal() or int(text) < least:
+    whole = text.isascii() and text.isdecimal()
+    if most is not None and not (whole and least <= int(text) <= most):
+        raise HostsError(f"{name}={text!r} must be a whole number from {least} to {most:,}")
+    if not whole or int(text) < least:
         raise HostsError(f"{name}={text!r} must be a whole number of at least {least}")
     return int(text)
 

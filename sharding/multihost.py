@@ -16,7 +16,7 @@ from typing import Any
 
 from sharding.control import HostLostError, Kind, Message
 from sharding.group import Group, wait_for
-from sharding.hosts import HostsConfig, HostsError, Place, join_address, locate, split_address
+from sharding.hosts import DEFAULT_PORT, HostsConfig, HostsError, Place, join_address, locate, split_address
 from sharding.rendezvous import gather
 
 MAX_TOKEN_BYTES = 4096
@@ -50,7 +50,7 @@ def join(
     gathered = gather(place, token=_token(config.hosts_token_file), timeout_s=config.join_timeout_s, say=say)
     group = Group(place, gathered.links, lost_after_s=config.lost_after_s)
     try:
-        group.agree(facts or {})
+        group.agree({**(facts or {}), "lost_after_s": config.lost_after_s})  # it sets how often a host is to be heard
         _start_jax(group, place, gathered.jax_port, gathered.bind, config.join_timeout_s)
     except BaseException as error:
         group.fail(f"it could not join: {error}")
@@ -127,7 +127,7 @@ def _token(path: str | None) -> bytes:
 
 
 def _tpu_place() -> Place | None:
-    """Where a TPU VM's metadata, or GKE's variables, say that this host is. Costs nothing without a TPU."""
+    """Where a TPU VM's metadata, or GKE's variables, say that this host is; None, at no cost, without a TPU."""
     if not _has_tpu():
         return None
     from jax._src import clusters  # no public way says which host this is before all have met
@@ -138,7 +138,7 @@ def _tpu_place() -> Place | None:
                 continue
             num_hosts = cluster.get_process_count()
             if num_hosts == 1:
-                return None
+                return Place("TPU metadata", "localhost", DEFAULT_PORT, 1, 0)
             address = cluster.get_coordinator_address(timeout_secs=60, override_coordinator_port=None)
             host, port = split_address(address)
             return Place("TPU metadata", host, port, num_hosts, cluster.get_process_id())

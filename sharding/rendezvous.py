@@ -141,6 +141,7 @@ class _Door:
     def _meet(self, connection: socket.socket, peer: Any) -> None:
         """Challenge one that connected; it joins, or is told why not."""
         try:
+            _notice_silence(connection)
             connection.settimeout(HANDSHAKE_S)
             challenge = os.urandom(NONCE_BYTES)
             connection.sendall(b"".join(frame(Kind.CHALLENGE, challenge)))
@@ -228,6 +229,7 @@ def _knock(place: Place, token: bytes, timeout_s: float, deadline_s: float, say:
             time.sleep(min(RETRY_S, left_s))
             continue
         try:
+            _notice_silence(connection)
             port = _present(connection, place, token, deadline_s)
         except HostsError:
             connection.close()
@@ -264,6 +266,14 @@ def _present(connection: socket.socket, place: Place, token: bytes, deadline_s: 
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _notice_silence(connection: socket.socket) -> None:
+    """Let the kernel close a connection whose peer is gone without a word: nothing is sent while others are awaited."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2)):  # seconds, seconds, times
+        if hasattr(socket, option):  # where the system has it
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _mac(token: bytes, *parts: bytes) -> bytes:

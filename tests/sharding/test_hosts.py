@@ -37,7 +37,6 @@ def where(flags: dict[str, Any], variables: dict[str, str], tpu: Place | None = 
         ({"num_hosts": 1}, {}),
         ({"num_hosts": 1, "host_id": 0, "coordinator": "a:1"}, {}),
         ({}, {"JOB_COMPLETION_INDEX": "3"}),  # one of many jobs that have nothing to do with each other
-        ({"hosts": "tpu"}, SLURM),
     ],
 )
 def test_a_lone_host(flags: dict[str, Any], variables: dict[str, str]) -> None:
@@ -56,7 +55,7 @@ def test_a_lone_host(flags: dict[str, Any], variables: dict[str, str]) -> None:
         ({}, LWS, Place("the LeaderWorkerSet", "tiny-0.tiny.default", DEFAULT_PORT, 2, 1)),
         ({"hosts": "kubernetes"}, {**SLURM, **LWS}, Place("the LeaderWorkerSet", "tiny-0.tiny.default", 8400, 2, 1)),
         (
-            {"coordinator": "job-0.svc:1", "num_hosts": 3},
+            {"coordinator": "job-0.svc:1", "num_hosts": 3, "hosts": "kubernetes"},
             {"JOB_COMPLETION_INDEX": "2"},
             Place("flags", "job-0.svc", 1, 3, 2),
         ),
@@ -71,6 +70,8 @@ def test_tpu_metadata_are_asked_last() -> None:
     tpu = Place("TPU metadata", "10.0.0.9", 8482, 4, 3)
     assert where({}, {}, tpu) == tpu == where({"hosts": "tpu"}, LWS, tpu)
     assert where({}, LWS, tpu) != tpu and where({"hosts": "none"}, {}, tpu) is None
+    alone = Place("TPU metadata", "localhost", DEFAULT_PORT, 1, 0)
+    assert where({}, {}, alone) is None and where({"hosts": "tpu"}, {}, alone) is None
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,9 @@ def test_tpu_metadata_are_asked_last() -> None:
         ({"hosts": "pods"}, {}, "--hosts 'pods' is not one of auto, none, flags, slurm, kubernetes, tpu"),
         ({"hosts": "slurm"}, LWS, "--hosts slurm: the environment lacks SLURM_STEP_NUM_TASKS"),
         ({"hosts": "kubernetes"}, SLURM, "--hosts kubernetes: the environment lacks LWS_GROUP_SIZE"),
+        ({**FLAGS, "hosts": "slurm"}, {}, "--hosts slurm: the environment lacks SLURM_STEP_NUM_TASKS"),
+        ({**FLAGS, "hosts": "kubernetes"}, {}, "--hosts kubernetes: the environment lacks LWS_GROUP_SIZE"),
+        ({"hosts": "tpu"}, SLURM, "--hosts tpu: this host has no TPU whose metadata say which host it is"),
         ({**FLAGS, "host_id": 2}, {}, "--host-id 2 must be from 0 to 1"),
         ({**FLAGS, "host_id": -1}, {}, "--host-id -1 must be a number from 0 to 4,095"),
         ({**FLAGS, "num_hosts": 0}, {}, "--num-hosts 0 must be a number from 1 to 4,096"),
@@ -91,7 +95,7 @@ def test_tpu_metadata_are_asked_last() -> None:
         ({**FLAGS, "coordinator": "10.0.0.1"}, {}, "--coordinator '10.0.0.1' is not HOST:PORT"),
         ({**FLAGS, "coordinator": "fd00::1:7000"}, {}, "--coordinator 'fd00::1:7000' is not HOST:PORT"),
         ({**FLAGS, "coordinator": "a:70000"}, {}, "--coordinator 'a:70000' is not HOST:PORT"),
-        ({"lost_after_s": 60.0}, {}, "--lost-after-s 60.0 must be a number from 1 to 25"),
+        ({"lost_after_s": 60.0}, {}, "--lost-after-s 60.0 must be a number from 1 to 15"),
         ({"join_timeout_s": float("nan")}, {}, "--join-timeout-s nan must be a number"),
         (FLAGS, SLURM, "--num-hosts 2 contradicts Slurm, which says 4"),
         ({"host_id": 0}, SLURM, "--host-id 0 contradicts Slurm, which says 2"),
@@ -99,7 +103,14 @@ def test_tpu_metadata_are_asked_last() -> None:
         ({}, {**SLURM, **LWS}, "Slurm says host 2 of 4, the LeaderWorkerSet says host 1 of 2; --hosts slurm or kuber"),
         ({}, {**SLURM, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 must be below SLURM_STEP_NUM_TASKS=4"),
         ({}, {**SLURM, "SLURM_PROCID": "-1"}, "SLURM_PROCID='-1' must be a whole number of at least 0"),
-        ({}, {**LWS, "LWS_GROUP_SIZE": "two"}, "LWS_GROUP_SIZE='two' must be a whole number of at least 1"),
+        ({}, {**LWS, "LWS_GROUP_SIZE": "two"}, "LWS_GROUP_SIZE='two' must be a whole number from 1 to 4,096"),
+        (
+            {},
+            {**LWS, "LWS_GROUP_SIZE": "9" * 12},
+            "LWS_GROUP_SIZE='999999999999' must be a whole number from 1 to 4,096",
+        ),
+        ({}, {**LWS, "LWS_LEADER_ADDRESS": ""}, "LWS_LEADER_ADDRESS='' is no name or address of a host"),
+        ({}, {**LWS, "LWS_LEADER_ADDRESS": "a b"}, "LWS_LEADER_ADDRESS='a b' is no name or address of a host"),
         ({}, {**SLURM, "SLURM_STEP_NODELIST": "["}, "SLURM_STEP_NODELIST='[' is no list of nodes"),
         (
             {"coordinator": "a:1", "num_hosts": 2},

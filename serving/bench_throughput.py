@@ -34,6 +34,7 @@ from serving.bench_options import (
 )
 from serving.bench_report import Ceilings, Reporter, common_report
 from serving.bench_trace import TraceRequest, draw_trace, save_trace
+from serving.several_hosts import team_of
 
 
 def add_parser(kinds: argparse._SubParsersAction) -> None:
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         request_rate=args.request_rate,
         burstiness=args.burstiness,
     )
-    if args.save_trace is not None:
+    if args.save_trace is not None and not team_of(args).follows:
         save_trace(trace, args.save_trace)
     ceilings = Ceilings(args.dtype)
     longest = max(len(item.prompt_token_ids) + item.output_len for item in trace)

@@ -75,8 +75,7 @@ def _run(args: argparse.Namespace) -> int:
             _discard(sys.stdout)  # or the interpreter would fail to flush it at exit
         if debug:
             _to_stderr(traceback.format_exc())
-        usage = isinstance(error, (ConfigError, HostsError, RequestError))
-        return _fail(args, str(error) or type(error).__name__, 2 if usage else 1)
+        return _failed(args, error)
 
 
 class Progress:
@@ -112,7 +111,7 @@ class Progress:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from serving.grpc_server import ServerConfig, serve
+    from serving.grpc_server import LeftBehindError, ServerConfig, serve
     from serving.replicas import replica_devices
 
     engine_config = config_from(args, EngineConfig)
@@ -151,17 +150,20 @@ def _serve(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"address": address, "model": model_name, "pid": os.getpid()}), flush=True)
 
-    ended = asyncio.run(
-        serve(
-            make_engine,
-            server_config,
-            model_name=model_name,
-            report=progress.update,
-            say=progress.say,
-            on_listening=on_listening,
-            team=team,
-        )
+    serving = serve(
+        make_engine,
+        server_config,
+        model_name=model_name,
+        report=progress.update,
+        say=progress.say,
+        on_listening=on_listening,
+        team=team,
     )
+    try:
+        ended = asyncio.run(serving)
+    except LeftBehindError as error:
+        assert isinstance(error.__cause__, Exception)
+        os._exit(_failed(args, error.__cause__))
     if not ended:  # a compile or a device call holds the engine thread; interpreter shutdown would wait for it
         team.close()
         os._exit(0)
@@ -298,6 +300,12 @@ def _end(args: argparse.Namespace, text: str) -> None:
     """The last word of a process whose group has lost a host."""
     args.progress.clear()
     _to_stderr(f"jaxinfer: {text}\n")
+
+
+def _failed(args: argparse.Namespace, error: Exception) -> int:
+    """Say what ended the command; the exit code: 2 where its arguments did."""
+    usage = isinstance(error, (ConfigError, HostsError, RequestError))
+    return _fail(args, str(error) or type(error).__name__, 2 if usage else 1)
 
 
 def _fail(args: argparse.Namespace, message: str, code: int) -> int:

@@ -92,7 +92,7 @@ def _add_output_and_engine(parser: argparse.ArgumentParser) -> None:
 def _ppl(args: argparse.Namespace) -> int:
     from jaxinfer.evaluation.perplexity import perplexity_report, window_nats
 
-    _require_writable(args.output)
+    _require_writable(args, args.output)
     text, seed = read_text(args.text), _seed(args)
     config = config_from(args, EngineConfig, _SKIP)
     llm = _open(args, args.model, config)
@@ -108,7 +108,7 @@ def _ppl(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from jaxinfer.evaluation.divergence import comparison_report, window_divergences
 
-    _require_writable(args.output)
+    _require_writable(args, args.output)
     text, seed = read_text(args.text), _seed(args)
     models = (args.model, args.model if args.against is None else args.against)
     _require_directory(models[1])
@@ -134,7 +134,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _choices(args: argparse.Namespace) -> int:
     from jaxinfer.evaluation import choices
 
-    _require_writable(args.output, args.log_samples)
+    _require_writable(args, args.output, args.log_samples)
     questions, num_original = choices.read_questions(args.task, limit=args.limit)
     config = config_from(args, EngineConfig, _SKIP)
     llm = _open(args, args.model, config)
@@ -258,9 +258,9 @@ def _print(args: argparse.Namespace, rows: list[Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def _require_writable(*paths: str | None) -> None:
-    """Before hours of work: ConfigError for a file that could not be written after them."""
-    for path in filter(None, paths):
+def _require_writable(args: argparse.Namespace, *paths: str | None) -> None:
+    """Before hours of work: ConfigError for a file that could not be written after them. Host 0 alone writes."""
+    for path in filter(None, () if team_of(args).follows else paths):
         target = Path(path)
         if target.is_dir():
             raise ConfigError(f"{path!r} cannot be written: it is a directory")

@@ -169,6 +169,10 @@ class GrpcServer:
         self._tokenizing.close()
 
 
+class LeftBehindError(Exception):
+    """A replica failed, as `__cause__` says, while another's thread compiles: only the process's end ends that one."""
+
+
 async def serve(
     make_engine: Callable[..., Engine],
     config: ServerConfig,
@@ -186,7 +190,7 @@ async def serve(
     goes on; `on_listening(address)` is called when the port is open, before the model is loaded. Returns False when an
     engine thread is stuck in a call that does not return: then only leaving the process ends it.
     Raises ConfigError (port), what loading the model raised, HostLostError when one of the `team` was lost, or
-    EngineDeadError when the engine failed later.
+    EngineDeadError when the engine failed later; LeftBehindError, from one of these, where a replica's thread is stuck.
     """
     engine = _engine(make_engine, config.replicas, report)
     server = GrpcServer(engine, config, model_name=model_name)
@@ -213,6 +217,8 @@ async def serve(
     finally:
         ended = await _end(engine, server, config.drain_s, say)
     if engine.error is not None:
+        if not ended and config.replicas > 1:
+            raise LeftBehindError from engine.error
         raise engine.error
     return ended
 

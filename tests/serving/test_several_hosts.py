@@ -20,13 +20,16 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from jaxinfer.config import ConfigError
 from jaxinfer.request import FinishReason, SamplingParams
 from serving import client as api
 from serving.async_engine import AsyncEngine, State
 from serving.client import Client
 from serving.errors import status_of
+from serving.eval_cli import _require_writable
 from serving.several_hosts import ALONE, Team
 from sharding.control import HostLostError
+from sharding.hosts import Place
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = Path(__file__).parents[1] / "goldens" / "llama"
@@ -36,6 +39,7 @@ BAR_S = 30.0  # from the death of a host to the end of the others
 # steps do not return once it is told to, like a collective whose peer is gone.
 PROGRAM = """
 import os, sys, time, types
+from concurrent.futures import ThreadPoolExecutor
 mode = sys.argv[2]
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
@@ -46,10 +50,16 @@ class Engine(FakeEngine):
         self.group, self.num_followed = group, 0
         if mode == "no memory" and group.rank:
             raise MemoryError("no room for weights")
+        if mode == "a replica fails" and devices[0].id == 1:
+            time.sleep(2)  # the other compiles by then
+            raise MemoryError("no room for weights")
         os.write(1, b"[Gloo] noise\\n")
     def warm_up(self, progress=None):
         while mode == "compiles for ever" and self.group.rank:
             time.sleep(1)
+        if mode == "a replica fails":
+            with ThreadPoolExecutor(1) as pool:  # as an engine does: Python would wait for these at its end
+                list(pool.map(time.sleep, [1000]))
     def step(self):
         if self.group is not None:
             self.group.broadcast(Message(Kind.CALL, call=self.num_steps))
@@ -245,6 +255,16 @@ def test_a_follower_that_cannot_load_ends_all_and_says_why() -> None:
     assert ends[0][1].startswith("jaxinfer: host 1 of 2 (")
 
 
+def test_a_replica_that_fails_ends_the_process_while_another_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    host = Host("a replica fails", *serve("--replicas", "2"))
+    try:
+        host.until("loaded; compiling")
+        assert host.end(BAR_S) == (1, "jaxinfer serve: error: no room for weights")
+    finally:
+        host.process.kill()
+
+
 @pytest.mark.slow
 def test_sigterm_reaches_a_follower_that_still_compiles() -> None:
     with hosts("compiles for ever", *serve()) as (leader, follower):
@@ -287,6 +307,14 @@ def test_a_command_without_the_flags_or_alone_is_run_as_ever() -> None:
     ALONE.close()
     ALONE.leave_process(3)
     assert ALONE.engine_options() == {} and not ALONE.is_several and not ALONE.follows
+
+
+def test_only_host_0_has_to_be_able_to_write_results(tmp_path: Path) -> None:
+    args = argparse.Namespace(team=ALONE)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        _require_writable(args, str(tmp_path / "none" / "result.json"))
+    args.team = Team(place=Place("flags", "10.0.0.1", 8400, 2, 1))
+    _require_writable(args, str(tmp_path / "none" / "result.json"))
 
 
 def test_what_clients_hear_of_a_lost_host_names_no_address() -> None:

@@ -1,13 +1,14 @@
 """What an engine's programs would be on devices that are not here: whether they fit, what they send, how fast at best.
 
-Everything is of one device. Hides how the compiler is asked, and how K/V that does not fit is cut so that the programs
-can be compiled all the same; the report says so.
+Everything is of one device. Hides how the compiler is asked, and how K/V that does not fit is cut, more than once if
+need be, so that the programs can be compiled all the same; the report says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +31,9 @@ from sharding import copies, topology, traffic
 from sharding.program import Program
 from sharding.tpu_slice import Slice
 
-SPARE_SHARE = 0.02  # of memory, left for temporaries where K/V has to be cut for a program to compile
+# Of memory, left for temporaries where K/V has to be cut for a program to compile: the first that will do. Temporaries
+# do not depend on how many pages there are.
+SPARE_SHARES = (0.02, 0.08, 0.32)
 LENGTHS = (2048, 8192, 32768, 131072)  # of sequences: how many of each would fit
 LARGE_BYTES = 1 << 20  # of an argument whose copy is reported
 _ALL = 1 << 62  # bytes for K/V: whatever the batch needs
@@ -47,6 +50,7 @@ class Request:
     config: EngineConfig  # its max_num_seqs is the batch, its max_model_len the context
     piece: Slice
     prefill_chunk: int  # tokens of a mixed step; 0: only the decode loop
+    weights: str | None = None  # as if they were stored so
 
     @property
     def batch(self) -> int:
@@ -64,7 +68,7 @@ class Sizes:
     limit: int
     weights: int
     kv: int  # pages for the whole batch at its context
-    compiled_page_counts: tuple[int, ...]  # fewer where the others do not fit
+    page_counts: tuple[tuple[int, ...], ...]  # to compile with, in turn, until a program fits: of each page group
 
 
 def request_of(
@@ -89,13 +93,13 @@ def request_of(
         raise ConfigError(str(error)) from error
     if not config.mesh and piece.num_devices > 1:
         config = dataclasses.replace(config, mesh=f"tensor={piece.num_devices}")
-    return Request(name, loaded, config, piece, prefill_chunk)
+    return Request(name, loaded, config, piece, prefill_chunk, weights)
 
 
 def report(
     request: Request, say: Say = lambda text: None, keep_text: Path | None = None, only: str | None = None
 ) -> dict[str, Any]:
-    """The report, as JSON has it. `keep_text`: a directory for the optimised HLO; `only`: "decode" or "prefill".
+    """The report, as JSON has it. `keep_text`: an existing directory for the HLO; `only`: "decode" or "prefill".
 
     Raises ConfigError where model, options and mesh do not fit together; RuntimeError where nothing can be compiled.
     """
@@ -114,7 +118,8 @@ def report(
     with topology.targeting(request.piece.device, mesh.mesh):
         limit = topology.memory_limit_bytes(request.piece)
         began = time.perf_counter()
-        sizes, blueprint = _sized(request, mesh, limit)
+        blueprint = Blueprint(request.model, request.config, mesh, num_pages=_pages(request))
+        sizes = _sized(request, blueprint, limit)
         planning_s = time.perf_counter() - began
         shapes = {"decode": Shape(blueprint.limits.slots)}
         if request.prefill_chunk:
@@ -173,22 +178,23 @@ def _device(piece: Slice) -> dict[str, Any]:
 # ---- memory
 
 
-def _sized(request: Request, mesh: Any, limit: int) -> tuple[Sizes, Blueprint]:
-    """What the arrays take, and a blueprint whose K/V fits beside the weights."""
-    wanted = _pages(request, request.context, request.batch)
-    blueprint = Blueprint(request.model, request.config, mesh, num_pages=wanted)
+def _sized(request: Request, blueprint: Blueprint, limit: int) -> Sizes:
+    """What the arrays take, `blueprint` having all the pages that are wanted, and which pages fit beside the rest."""
+    wanted = _pages(request)
     weights, slots = (sum(map(device_bytes, jax.tree.leaves(x))) for x in (blueprint.parameters, blueprint.state.slots))
-    left = limit - weights - int(SPARE_SHARE * limit) - slots
     kv = _kv_bytes(request, wanted)
-    counts = wanted
-    if kv > left > 0:
-        counts = tuple(max(2, int(count * left / kv)) for count in wanted)
-        blueprint = Blueprint(request.model, request.config, mesh, num_pages=counts)
-    return Sizes(limit, weights, kv, counts), blueprint
+    counts = []
+    for share in SPARE_SHARES:
+        left = limit - weights - int(share * limit) - slots
+        fewer = tuple(max(2, int(count * left / kv)) for count in wanted) if 0 < left < kv else wanted
+        if fewer not in counts:
+            counts.append(fewer)
+    return Sizes(limit, weights, kv, tuple(counts))
 
 
-def _pages(request: Request, length: int, batch: int) -> tuple[int, ...]:
-    """Pages of each group on one device for `batch` sequences, over all data shards, of `length` tokens."""
+def _pages(request: Request, length: int | None = None, batch: int | None = None) -> tuple[int, ...]:
+    """Pages of each group on one device for `batch` sequences, over all data shards, of `length` tokens; as asked."""
+    length, batch = request.context if length is None else length, request.batch if batch is None else batch
     config = dataclasses.replace(request.config, kv_memory_bytes=_ALL, max_num_seqs=batch, max_model_len=None)
     return memory.pages_per_group(request.model, config, length)
 
@@ -206,12 +212,17 @@ def _kv_bytes(request: Request, counts: tuple[int, ...]) -> int:
 
 
 def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sum of it, by what each program needs at most beside weights and K/V."""
+    """The sum of it, by what each program needs at most beside weights and K/V.
+
+    Where a program was not compiled with as few pages as may be, that is not known: "needed_bytes" is too little, and
+    there is no "capacity".
+    """
     compiled = [program for program in programs.values() if "error" not in program]
     temporaries = max((program["temporary_bytes"] + program["result_bytes"] for program in compiled), default=0)
     others = max((program["other_argument_bytes"] for program in compiled), default=0)
     needed = sizes.weights + sizes.kv + temporaries + others
     left = sizes.limit - needed + sizes.kv
+    whole = len(compiled) == len(programs)
     return {
         "limit_bytes": sizes.limit,
         "weight_bytes": sizes.weights,
@@ -220,9 +231,10 @@ def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]])
         "temporary_bytes": temporaries,
         "needed_bytes": needed,
         "headroom_bytes": sizes.limit - needed,
-        "fits": needed <= sizes.limit and len(compiled) == len(programs),
-        "compiled_with_kv_bytes": _kv_bytes(request, sizes.compiled_page_counts),
-        "capacity": [{"length": length, "sequences": count} for length, count in _capacity(request, left)],
+        "fits": needed <= sizes.limit and whole and not any(program["refused"] for program in compiled),
+        "compiled_with_kv_bytes": min((program["kv_bytes"] for program in compiled), default=None),
+        "default_kv_bytes": int(sizes.limit * memory.KV_SHARE),
+        "capacity": [{"length": length, "sequences": count} for length, count in _capacity(request, left) if whole],
     }
 
 
@@ -244,34 +256,49 @@ def _program(
     """One program, compiled: its memory, collectives, copies, seconds, and the least time it can take."""
     say(f"{request.name} on {request.piece.name}: {shape}")
     found: dict[str, Any] = {"program": str(shape), "roofline": _roofline(request, blueprint, shape)}
-    cpu_began = time.process_time()
-    with topology.timed_stages() as seconds:
-        lowered = blueprint.lower(shape)
-        try:
-            compiled = topology.compile_lowered(lowered, request.piece.device, blueprint.compiler_options)
-        except topology.OutOfMemory as error:
-            return {**found, "error": str(error).splitlines()[0]}
+    refused = ""  # the compiler's words
+    for counts in sizes.page_counts:
+        if counts != blueprint.limits.num_pages:
+            blueprint = Blueprint(request.model, request.config, blueprint.mesh, num_pages=counts)
+        cpu_began = time.process_time()
+        with topology.timed_stages() as seconds:
+            lowered = blueprint.lower(shape)
+            try:
+                compiled = topology.compile_lowered(lowered, request.piece.device, blueprint.compiler_options)
+                break
+            except topology.OutOfMemory as error:
+                refused = str(error).splitlines()[0]
+                say(f"{request.name} on {request.piece.name}: {shape} is too large with {counts} pages: with fewer")
+    else:
+        return {**found, "error": refused}
     if keep_text is not None:
-        keep_text.mkdir(parents=True, exist_ok=True)
-        (keep_text / f"{request.name}-{request.piece.name.replace(':', '-')}-{shape}.hlo".replace(" ", "")).write_text(
-            compiled.text
-        )
+        (keep_text / _text_name(request, shape)).write_text(compiled.text)
     program = compiled.program
     collectives = traffic.collectives(program)
     step = traffic.of_step(collectives, program)
-    kv_bytes = _kv_bytes(request, sizes.compiled_page_counts)
+    kv_bytes = _kv_bytes(request, counts)
     return {
         **found,
+        "refused": refused,
+        "kv_bytes": kv_bytes,
         "seconds": {**seconds, "cpu": time.process_time() - cpu_began},
         "temporary_bytes": compiled.temporary_bytes,
         "result_bytes": max(0, compiled.output_bytes - compiled.aliased_bytes),
         "other_argument_bytes": compiled.argument_bytes - sizes.weights - kv_bytes,
+        "code_bytes": compiled.code_bytes,
         "kernels": len(compiled.fast_memory_bytes),
         "collectives": _grouped(collectives),
         "sent_bytes": traffic.sent_bytes(step),
         "overlap": traffic.overlap(step),
         "copies": _copies(program, blueprint.placed),
     }
+
+
+def _text_name(request: Request, shape: Shape) -> str:
+    """Of a file: another for everything that makes it another program."""
+    config = request.config
+    words = (request.name, request.weights or config.dtype, request.piece.name, config.mesh, request.context, shape)
+    return re.sub(r"[^\w.-]+", "-", "_".join(str(word) for word in words if word)).strip("-") + ".hlo"
 
 
 def _grouped(collectives: tuple[traffic.Collective, ...]) -> list[dict[str, Any]]:
@@ -314,15 +341,17 @@ def _roofline(request: Request, blueprint: Blueprint, shape: Shape) -> dict[str,
     weights = _weight_bytes(blueprint.placed, tied=model.tie_embeddings)
     if shape.prefill_tokens:
         tokens = shape.prefill_tokens * mesh.data
-        work = mesh_roofline.prefill_chunk(model, weights, mesh, piece.device, tokens=shape.prefill_tokens, **shared)
+        work = mesh_roofline.prefill_chunk(
+            model, weights, mesh, piece.device, tokens=shape.prefill_tokens, longest=request.context, **shared
+        )
     else:
         tokens = request.batch
         work = mesh_roofline.decode_step(
             model, weights, mesh, piece.device, batch=request.batch, context=request.context, **shared
         )
     links = piece.links(mesh.num_devices // mesh.data)
-    int8 = any(p.spec.format is not None and p.spec.format.activation == "int8" for p in blueprint.placed)
-    found = mesh_roofline.bound(work, piece.device, links, int8_products=int8)
+    activations = {p.spec.format.activation for p in blueprint.placed if p.spec.format is not None}
+    found = mesh_roofline.bound(work, piece.device, links, products=activations)
     return {
         **dataclasses.asdict(work),
         **dataclasses.asdict(found),

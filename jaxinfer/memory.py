@@ -10,6 +10,8 @@ import jax
 from jaxinfer.batch import device_kv_spec, page_size_of
 from jaxinfer.config import ConfigError, EngineConfig, ModelConfig, PageGroup, page_groups
 
+KV_SHARE = 0.25  # of a device's memory, for K/V pages, where kv_memory_bytes does not say
+
 
 def max_model_len(model: ModelConfig, config: EngineConfig) -> int:
     """Longest prompt plus completion in tokens. Raises ConfigError where the options ask for more than there is."""
@@ -64,11 +66,11 @@ def _pages_per_sequence(group: PageGroup, config: EngineConfig, length: int, pag
 
 
 def kv_budget(num_devices: int) -> int:
-    """Bytes for K/V pages of one of the devices that engines of this process use: a quarter of its memory.
+    """Bytes for K/V pages of one of the devices that engines of this process use: KV_SHARE of its memory.
 
     Devices of a CPU share its memory.
     """
-    return _device_memory_bytes(num_devices) // 4
+    return int(_device_memory_bytes(num_devices) * KV_SHARE)
 
 
 def _device_memory_bytes(num_devices: int) -> int:

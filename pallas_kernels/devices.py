@@ -33,6 +33,7 @@ class Device:
     links: int = 0  # to other chips; 0: it has none but the bus
     link_gbps: float = 0.0  # of each, 1e9 bytes a second in one direction
     devices_per_chip: int = 1  # of a TPU, as jax counts devices
+    fp8_tflops: float = 0  # 0: fp8 is multiplied as bfloat16
 
     def __str__(self) -> str:
         return self.name
@@ -50,7 +51,7 @@ DEVICES = _table(
     Device("v5e", "tpu", "TPU v5 lite", "v5e:2x2", 128 * MIB, 1, 16 * GIB, 819, 197, 393, 4, 50),
     Device("v5p", "tpu", "TPU v5", "v5p:2x2x1", 64 * MIB, 2, 95 * GIB, 2765, 459, 918, 6, 100),
     Device("v6e", "tpu", "TPU v6 lite", "v6e:2x2", 128 * MIB, 1, 32 * GIB, 1640, 918, 1836, 4, 100),
-    Device("tpu7x", "tpu", "TPU7x", "tpu7x:2x2x1", 64 * MIB, 1, 96 * GIB, 3690, 1153, 0, 6, 100, 2),
+    Device("tpu7x", "tpu", "TPU7x", "tpu7x:2x2x1", 64 * MIB, 1, 96 * GIB, 3690, 1153, 0, 6, 100, 2, 2307),
     Device("a100", "cuda", "NVIDIA A100", "sm_80", 163 * 1024, 108, 80 * GIB, 2039, 312, 624, 12, 25),
     Device("l4", "cuda", "NVIDIA L4", "sm_89", 99 * 1024, 58, 24 * GIB, 300, 121, 242),
     Device("h100", "cuda", "NVIDIA H100", "sm_90a", 227 * 1024, 132, 80 * GIB, 3350, 989, 1979, 18, 25),

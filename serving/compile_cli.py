@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from jaxinfer.config import ConfigError, EngineConfig
@@ -82,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
         EngineConfig,
         _SKIP,
         max_num_seqs=args.batch,
-        max_num_batched_tokens=max(args.prefill_chunk, 1),
-        min_prefill_bucket=max(args.prefill_chunk, 1),
+        max_num_batched_tokens=args.prefill_chunk or EngineConfig.max_num_batched_tokens,  # windows hold as many more
+        min_prefill_bucket=args.prefill_chunk or EngineConfig.min_prefill_bucket,
     )
     request = request_of(args.config_of, args.device, config, weights=args.weights, prefill_chunk=args.prefill_chunk)
     context = min(8192, request.model.max_position) if args.context is None else args.context
     request = dataclasses.replace(request, config=dataclasses.replace(request.config, max_model_len=context))
-    found = report(request, args.progress.say, Path(args.save_hlo) if args.save_hlo else None)
+    found = report(request, args.progress.say, _made(args.save_hlo))
     args.progress.clear()
     if args.json:
         json.dump(found, sys.stdout, indent=2)
@@ -96,6 +97,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0 if found["memory"]["fits"] else 1
+
+
+def _made(directory: str | None) -> Path | None:
+    """The directory, made before minutes are spent on what shall lie there."""
+    if directory is None:
+        return None
+    try:
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ConfigError(f"--save-hlo {directory!r} is no directory to write to: {error.strerror}") from error
 
 
 # ---- as tables
@@ -136,10 +150,18 @@ def _print_memory(console: Any, memory: dict[str, Any]) -> None:
         console.print(f"[red]does not fit[/red]: {size(-spare)} too much")
     else:
         console.print("[red]does not fit[/red]: the compiler refuses a program")
-    if memory["compiled_with_kv_bytes"] < memory["kv_bytes"]:
-        console.print(f"compiled with {size(memory['compiled_with_kv_bytes'])} of K/V pages instead")
+    compiled_with = memory["compiled_with_kv_bytes"]
+    if compiled_with is not None and compiled_with < memory["kv_bytes"]:
+        console.print(f"compiled with {size(compiled_with)} of K/V pages instead")
+    if memory["fits"] and memory["kv_bytes"] > memory["default_kv_bytes"]:
+        console.print(
+            f"serve it with --kv-memory-bytes {memory['kv_bytes']}: by default an engine takes "
+            f"{size(memory['default_kv_bytes'])} of each device for K/V"
+        )
     fits = ", ".join(f"{entry['sequences']:,} of {entry['length']:,}" for entry in memory["capacity"])
-    console.print(f"sequences that fit beside the weights, by their tokens: {fits}\n")
+    if fits:
+        console.print(f"sequences that fit beside the weights, by their tokens: {fits}")
+    console.print()
 
 
 def _print_program(console: Any, program: dict[str, Any]) -> None:
@@ -155,7 +177,8 @@ def _print_program(console: Any, program: dict[str, Any]) -> None:
         return
     seconds = program["seconds"]
     console.print(
-        f"  {size(program['temporary_bytes'])} of temporaries, {program['kernels']} kernels; "
+        f"  {size(program['temporary_bytes'])} of temporaries, {size(program['code_bytes'])} of code, "
+        f"{program['kernels']} kernels; "
         f"traced in {seconds['tracing']:.1f} s, lowered in {seconds['lowering']:.1f} s, compiled in "
         f"{seconds['compiling']:.1f} s ({seconds['cpu']:.1f} s of processors in all)"
     )

@@ -45,6 +45,7 @@ class Compiled:
     fast_memory_bytes: tuple[int, ...]  # what each Pallas kernel asks of VMEM, in the order of the program
     text: str = field(repr=False)  # the optimised HLO
     output_bytes: int = 0
+    code_bytes: int = 0  # of the program itself, which lies in the device's memory too
 
     @functools.cached_property
     def program(self) -> Program:
@@ -170,6 +171,7 @@ def _compile(lowered: jax.stages.Lowered, device: Device, began: float, options:
         temporary_bytes=memory.total_allocation_bytes - memory.indefinite_allocations,
         aliased_bytes=memory.alias_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
         fast_memory_bytes=_scoped(text),
         text=text,
     )

@@ -6,7 +6,7 @@ launches, or time from link to link. A ring's all-reduce sends 2 (n - 1) / n of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from jaxinfer.config import KVShape, ModelConfig
@@ -59,12 +59,14 @@ class Bound:
         return max(parts, key=lambda part: parts[part])
 
 
-def bound(work: Work, device: Device, links: int, *, int8_products: bool = False) -> Bound:
+def bound(work: Work, device: Device, links: int, *, products: Collection[str | None] = ()) -> Bound:
     """`links`: of a chip, that it can use at once. Nothing crosses a link inside one chip.
 
-    int8_products: activations are int8 too, so that the integer unit multiplies where a device has one.
+    products: what activations are quantized to, "int8" or "float8_e4m3fn", in some products: all are counted at the
+    fastest rate, if the device has a unit for it.
     """
-    tflops = device.int8_tops if int8_products and device.int8_tops else device.bf16_tflops
+    rates = {"int8": device.int8_tops, "float8_e4m3fn": device.fp8_tflops}
+    tflops = max(device.bf16_tflops, *(rates.get(each or "", 0) for each in products), 0)
     return Bound(
         hbm_s=(work.weight_bytes + work.kv_bytes) / (device.memory_gbps * 1e9),
         mxu_s=work.flops / (tflops * 1e12),
@@ -110,10 +112,15 @@ def prefill_chunk(
     *,
     tokens: int,
     start: int = 0,
+    longest: int | None = None,
     kv_token_bytes: Callable[[KVShape], int],
     activation_bytes: int = 2,
 ) -> Work:
-    """`tokens` tokens of one sequence in each data shard, after the `start` that it holds already."""
+    """`tokens` tokens of one sequence in each data shard, after the `start` that it holds already.
+
+    longest: that a sequence gets; what is left of the tokens are others' from their beginning on.
+    """
+    lengths = _lengths(tokens, start, longest)
     own = tokens / mesh.context
     sent = _sums_sent(model, mesh, device, own * model.embed_size * activation_bytes)
     for index in range(len(model.layers)):
@@ -125,11 +132,21 @@ def prefill_chunk(
         sent += (mesh.context - 1) * own * (new_rows + queries + results) * device.devices_per_chip / mesh.pipe
     return Work(
         weight_bytes=mesh.pipe * (weights.dense + weights.experts * _experts_read(model, own / mesh.pipe)),
-        kv_bytes=_held_bytes(model, mesh, start + tokens, kv_token_bytes),
-        flops=_linear_flops(model, mesh, own, 1)
-        + _attention_flops(model, mesh, lambda window: _causal_pairs(start, tokens, window)),
+        kv_bytes=sum(_held_bytes(model, mesh, before + new, kv_token_bytes) for before, new in lengths),
+        flops=_linear_flops(model, mesh, own, len(lengths))
+        + _attention_flops(model, mesh, lambda window: sum(_causal_pairs(*each, window) for each in lengths)),
         sent_bytes=sent,
     )
+
+
+def _lengths(tokens: int, start: int, longest: int | None) -> list[tuple[int, int]]:
+    """(rows held, new tokens) of each sequence of a chunk."""
+    first = tokens if longest is None else max(0, min(tokens, longest - start))
+    found, left = [(start, first)], tokens - first
+    while left:
+        found.append((0, min(left, longest or left)))
+        left -= found[-1][1]
+    return found
 
 
 def _linear_flops(model: ModelConfig, mesh: MeshConfig, tokens: float, sampled: float) -> float:

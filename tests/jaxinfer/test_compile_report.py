@@ -15,11 +15,12 @@ import pytest
 from flax import nnx
 
 from jaxinfer import compile_report, model_presets
-from jaxinfer.blueprint import compiler_options
+from jaxinfer.blueprint import Blueprint, compiler_options
 from jaxinfer.compile_report import Request, Sizes, request_of
-from jaxinfer.config import ConfigError, EngineConfig
+from jaxinfer.config import ConfigError, EngineConfig, LayerSpec
 from jaxinfer.models.transformer import abstract_parameters, merger
 from jaxinfer.placement import place_parameters
+from jaxinfer.program_shapes import Shape
 from pallas_kernels import devices
 from serving import compile_cli
 from sharding import topology, traffic
@@ -136,7 +137,14 @@ def request(batch: int = 64, context: int = 8192, **options: Any) -> Request:
 
 
 def program(**fields: Any) -> dict[str, Any]:
-    return {"temporary_bytes": 100, "result_bytes": 10, "other_argument_bytes": 1, **fields}
+    return {
+        "temporary_bytes": 100,
+        "result_bytes": 10,
+        "other_argument_bytes": 1,
+        "refused": "",
+        "kv_bytes": GIB,
+        **fields,
+    }
 
 
 def test_bytes_of_pages_and_what_fits_by_hand() -> None:
@@ -147,7 +155,7 @@ def test_bytes_of_pages_and_what_fits_by_hand() -> None:
         page_bytes = 128 * 32 * 2 * 2 * 128 * 2  # tokens, layers, K and V, heads, head_dim, bfloat16
         assert compile_report._kv_bytes(asked, pages) == pages[0] * page_bytes
         left = 10 * GIB
-        sizes = Sizes(limit=16 * GIB, weights=2 * GIB, kv=8 * GIB, compiled_page_counts=pages)
+        sizes = Sizes(limit=16 * GIB, weights=2 * GIB, kv=8 * GIB, page_counts=(pages,))
         sizes = dataclasses.replace(sizes, limit=left + sizes.weights + 111)
         found = compile_report._memory(asked, sizes, {"decode": program(), "prefill": program(temporary_bytes=50)})
     assert (found["temporary_bytes"], found["slot_bytes"]) == (110, 1)
@@ -158,12 +166,31 @@ def test_bytes_of_pages_and_what_fits_by_hand() -> None:
 
 def test_what_does_not_fit_or_does_not_compile() -> None:
     with topology.targeting(devices.named("v6e")):
-        sizes = Sizes(limit=10 * GIB, weights=8 * GIB, kv=4 * GIB, compiled_page_counts=(4,))
+        sizes = Sizes(limit=10 * GIB, weights=8 * GIB, kv=4 * GIB, page_counts=((4,),))
         found = compile_report._memory(request(), sizes, {"decode": program()})
         assert (found["fits"], found["headroom_bytes"]) == (False, -2 * GIB - 111)
         refused = {"decode": {"error": "RESOURCE_EXHAUSTED"}}
-        found = compile_report._memory(request(), dataclasses.replace(sizes, limit=20 * GIB), refused)
-    assert not found["fits"]
+        large = dataclasses.replace(sizes, limit=20 * GIB)
+        found = compile_report._memory(request(), large, refused)
+        assert (found["fits"], found["capacity"], found["compiled_with_kv_bytes"]) == (False, [], None)
+        # with fewer pages it was compiled, and by the sum there should be room for all
+        found = compile_report._memory(request(), large, {"decode": program(refused="RESOURCE_EXHAUSTED")})
+    assert (found["fits"], found["headroom_bytes"] > 0, found["compiled_with_kv_bytes"]) == (False, True, GIB)
+
+
+def test_pages_are_cut_for_more_and_more_beside_them() -> None:
+    with topology.targeting(devices.named("v6e")):
+        asked = request(mesh="", batch=512, context=2048)
+        blueprint = Blueprint(asked.model, asked.config, None, num_pages=compile_report._pages(asked))
+        enough = compile_report._sized(asked, blueprint, 400 * GIB)
+        assert enough.page_counts == (compile_report._pages(asked),)
+        tight = compile_report._sized(asked, blueprint, 32 * GIB)
+        assert len(tight.page_counts) == len(compile_report.SPARE_SHARES)
+        for counts, share in zip(tight.page_counts, compile_report.SPARE_SHARES, strict=True):
+            beside = 32 * GIB - tight.weights - compile_report._kv_bytes(asked, counts)
+            assert share * 32 * GIB <= beside < (share + 0.01) * 32 * GIB
+        hopeless = compile_report._sized(asked, blueprint, 8 * GIB)  # the weights are too much
+        assert hopeless.page_counts == (compile_report._pages(asked),)
 
 
 def test_collectives_that_are_alike_are_one_line() -> None:
@@ -206,6 +233,40 @@ def test_flags_that_shape_no_program_are_not_there(capsys: pytest.CaptureFixture
 def test_a_negative_chunk_is_refused() -> None:
     with pytest.raises(ConfigError, match="--prefill-chunk -1 must be at least 0"):
         compile_cli.run(arguments("llama-3.1-8b", "--device", "v6e:2x2", "--prefill-chunk", "-1"))
+
+
+def test_a_place_for_programs_is_tried_before_anything_is_compiled(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ("llama-3.1-8b", "--device", "v6e:2x2", "--save-hlo", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"--save-hlo '.*file' is no directory to write to: File exists"):
+        compile_cli.run(arguments(*words))
+
+
+def test_programs_that_differ_lie_in_files_that_differ() -> None:
+    asked, shape = request(), Shape(64)
+    others = [request(context=2048), request(mesh="data=4"), dataclasses.replace(asked, weights="int8")]
+    names = {compile_report._text_name(each, shape) for each in (asked, *others)}
+    assert len(names) == 4
+    assert (
+        compile_report._text_name(asked, shape)
+        == "llama-3.1-8b_bfloat16_v6e-2x2_tensor-4_8192_decode_loop-64-slots.hlo"
+    )
+
+
+def test_windows_hold_as_many_pages_without_a_prefill_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server needs does not depend on which of its programs are reported on."""
+    asked: list[Request] = []
+    monkeypatch.setattr(compile_report, "report", lambda request, *_: asked.append(request) or {"memory": {"fits": 1}})
+    for words in (("--prefill-chunk", "0"), ()):
+        compile_cli.run(arguments("llama-3.1-8b", "--device", "v6e:2x2", "--json", *words))
+    assert [each.prefill_chunk for each in asked] == [0, 512]
+    windowed = [
+        dataclasses.replace(
+            each, model=dataclasses.replace(each.model, layers=(LayerSpec(window=1024),) * len(each.model.layers))
+        )
+        for each in asked
+    ]
+    assert compile_report._pages(windowed[0]) == compile_report._pages(windowed[1])
 
 
 @pytest.mark.parametrize(
@@ -272,3 +333,20 @@ def test_a_batch_too_large_is_compiled_with_fewer_pages_and_does_not_fit(
     [fit] = [entry["sequences"] for entry in found["capacity"] if entry["length"] == 8192]
     assert 0 < fit < 2 * 128
     assert compile_cli.run(arguments(*words, "--json", "--kv-dtype", "int8")) == 0
+
+
+@pytest.mark.accelerators
+@pytest.mark.timeout(900)
+def test_a_program_that_needs_more_beside_its_pages_is_compiled_with_fewer(
+    small_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 8,192 tokens a step has more temporaries than the share of memory that is left for them at first."""
+    words = (small_model, "--device", "v5e:1x1", "--batch", "128", "--context", "16384", "--prefill-chunk", "8192")
+    assert compile_cli.run(arguments(*words, "--json")) == 1
+    found = json.loads(capsys.readouterr().out)
+    memory, prefill = found["memory"], found["programs"]["prefill"]
+    assert "hbm" in prefill["refused"].lower() and "error" not in prefill
+    assert memory["temporary_bytes"] > compile_report.SPARE_SHARES[0] * memory["limit_bytes"]
+    assert memory["needed_bytes"] == sum(memory[f"{part}_bytes"] for part in ("weight", "kv", "slot", "temporary"))
+    assert prefill["kv_bytes"] == memory["compiled_with_kv_bytes"] < memory["kv_bytes"]
+    assert memory["headroom_bytes"] < 0 and memory["capacity"]

@@ -62,6 +62,26 @@ def test_context_shards_have_a_part_of_every_sequence_and_exchange_results() -> 
     assert work.sent_bytes == 10 * 3 * 8 * 4 * (16 * 4 + 4)  # results are float32
 
 
+def test_a_chunk_of_several_sequences_sees_only_their_own_rows() -> None:
+    one, four = chunk(MeshConfig(), longest=64), chunk(MeshConfig(), longest=16)
+    assert one == chunk(MeshConfig())
+    assert four.kv_bytes == one.kv_bytes
+    per_pair, unembed = 4 * 4 * 16 * 10, 2 * 5000 * 1000
+    pairs = [n * (n + 1) / 2 for n in (64, 16)]
+    assert one.flops - four.flops == per_pair * (pairs[0] - 4 * pairs[1]) - 3 * unembed
+    last = chunk(MeshConfig(), start=10, longest=50)  # 40 of a sequence that holds 10, 24 of another
+    assert last.flops - one.flops == per_pair * (50 * 51 / 2 - 10 * 11 / 2 + 24 * 25 / 2 - pairs[0]) + unembed
+
+
+def test_quantized_activations_are_multiplied_at_their_own_rate() -> None:
+    work = Work(weight_bytes=0, kv_bytes=0, flops=1e15, sent_bytes=0)
+    seconds = lambda device, *products: bound(work, device, 4, products=products).mxu_s
+    assert seconds(V6E) == seconds(V6E, "float8_e4m3fn", None) == 1e15 / 918e12  # no unit for it
+    assert seconds(V6E, "int8") == 1e15 / 1836e12
+    assert seconds(TPU7X) == seconds(TPU7X, "int8") == 1e15 / 1153e12
+    assert seconds(TPU7X, "float8_e4m3fn") == 1e15 / 2307e12
+
+
 def test_stages_read_their_weights_for_every_micro_batch() -> None:
     alone, work = step(MeshConfig()), step(MeshConfig(pipe=2), weights=WeightBytes(dense=4e6))
     assert work.weight_bytes == 2 * 4e6
@@ -112,8 +132,8 @@ def test_seconds_by_published_figures() -> None:
     found = bound(work, V6E, links=2)
     assert found == Bound(hbm_s=0.5, mxu_s=0.5, links_s=0.5)
     assert bound(work, V6E, links=4).links_s == 0.25
-    assert bound(work, V6E, links=2, int8_products=True).mxu_s == 0.25
-    assert bound(work, TPU7X, links=2, int8_products=True).mxu_s == 459 / 1153  # it has no integer unit
+    assert bound(work, V6E, links=2, products=["int8"]).mxu_s == 0.25
+    assert bound(work, TPU7X, links=2, products=["int8"]).mxu_s == 459 / 1153  # it has no integer unit
     assert bound(work, V6E, links=0).links_s == 0
 
 

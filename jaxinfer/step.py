@@ -131,7 +131,8 @@ class Drivers:
 
         # each slot samples from one row: its decode row, or the last token of its final chunk
         row = jnp.arange(num_slots, dtype=jnp.int32)
-        final_slot = jnp.where(chunks.final, chunks.slot, num_slots)
+        nobody = slots.done.shape[0]  # a slot from num_slots on is there, and nobody's
+        final_slot = jnp.where(chunks.final, chunks.slot, nobody)
         row = row.at[final_slot].set(chunks.last_row, mode="drop")
         ends_prefill = jnp.zeros(num_slots, bool).at[final_slot].set(True, mode="drop")
         slots = replace(slots, done=slots.done.at[final_slot].set(False, mode="drop"))
@@ -268,6 +269,7 @@ class Drivers:
             active,
             self.parallel.vocabulary,
         )
+        drawn = replace(drawn, **self.parallel.of_first_context({"tokens": drawn.tokens, "bad": drawn.bad}))
         token = jnp.where(active & ~drawn.bad, drawn.tokens, NO_TOKEN)
         remaining = mine.remaining - active
         finished = jnp.where(

@@ -66,6 +66,18 @@ class Parallel:
         """`x [tokens of this context shard, ...]` of all of them."""
         return lax.all_gather(x, self.context_axes, axis=0, tiled=True) if self.context > 1 else x
 
+    def of_first_context(self, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Integers and booleans `x` of context shard 0, on all of them.
+
+        Each shard adds up its layers' sums in a group of its own. Where a network adds in another order, last bits
+        differ, and with them a token now and then; loops that must end together would not.
+        """
+        if self.context == 1:
+            return x
+        first = lax.axis_index(self.context_axes) == 0
+        told = lax.psum(jax.tree.map(lambda a: jnp.where(first, a.astype(jnp.int32), 0), x), self.context_axes)
+        return jax.tree.map(lambda a, sent: sent.astype(a.dtype), x, told)
+
     def on_context_shard(self, shard: jax.Array) -> jax.Array | bool:
         """Whether this device is on context shard `shard: i32[]`."""
         return True if self.context == 1 else lax.axis_index(self.context_axes) == shard

@@ -99,6 +99,7 @@ class Shards:
     def entering(self, x: jax.Array, function: Callable[[jax.Array], Any]) -> Any:
         """`function` of all tokens, from each device's run `x [tokens, ...]`; row by row, it may be called in pieces.
 
+        Devices call it for different rows at a time: it has no collective in it.
         In a ring, the next run arrives while this one is multiplied (Wang et al. 2023, doi 10.1145/3567955.3567959).
         """
         count = self.token_shards

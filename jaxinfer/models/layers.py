@@ -321,6 +321,8 @@ class MLP(LinearMaps):
         self.size, self.shards = ffn_size, build.shards
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.sparsity > 0.0:  # what is cut off depends on whole rows, of which each device has a part
+            return self.down(self._hidden(self.shards.all_tokens(x)))
         return self.down(self.shards.entering(x, self._hidden))
 
     def _hidden(self, x: jax.Array) -> jax.Array:

@@ -130,17 +130,38 @@ def test_pipeline_says_how_idle_it_is(zoo: Zoo) -> None:
     engine.close()
 
 
-def test_long_steps_go_round_rings(zoo: Zoo) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("llama", "tensor=4"), pytest.param("gemma3n", "tensor=2", marks=pytest.mark.slow)]
+)
+def test_long_steps_go_round_rings(zoo: Zoo, name: str, mesh: str) -> None:
     """Steps of so many tokens that devices pass them round while they multiply; odd runs, chunks, decode rows."""
     long = {"max_model_len": 256, "max_num_batched_tokens": 269, "min_prefill_bucket": 269}
     rng = np.random.default_rng(6)
     prompts = [random_tokens(rng, count) for count in (240, 30, 7)]
     wave = [Request(f"whole-{i}", prompt, GREEDY) for i, prompt in enumerate(prompts)]
-    config = replace(BASE, mesh="tensor=4", **long)
-    model = load_config(zoo.path("llama"))
-    assert Blueprint(model, config, mesh_of(model, config)).parallel.rows_per_step(4, 269) // 4 > RING_ROWS
-    got = serve_once(zoo.path("llama"), config, [wave])
-    assert_equal(got, serve_once(zoo.path("llama"), replace(BASE, **long), [wave]), "tensor=4 in rings")
+    config = replace(BASE, mesh=mesh, **long)
+    model = load_config(zoo.path(name))
+    parallel = Blueprint(model, config, mesh_of(model, config)).parallel
+    assert parallel.rows_per_step(4, 269) // parallel.prefill.token_shards > RING_ROWS
+    got = serve_once(zoo.path(name), config, [wave])
+    assert_equal(got, serve_once(zoo.path(name), replace(BASE, **long), [wave]), f"{mesh} in rings")
+
+
+def test_a_shard_that_grows_alone_wakes_no_slot_of_another(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that is nobody's stays so: in a program as large as another shard needs, it would write others' pages."""
+    monkeypatch.setattr("jaxinfer.programs.MIN_MIXED_SLOTS", 2)
+    engine = Engine(zoo.path("llama"), replace(BASE, mesh="data=2", max_num_seqs=16))
+    rng = np.random.default_rng(3)
+    for count in (16, 1, 5, 1):
+        for i in range(count):
+            engine.add(Request(f"{count}-{i}", random_tokens(rng, 9), replace(GREEDY, max_tokens=6)))
+        while engine.has_work():
+            sequences = list(itertools.chain.from_iterable(engine._sequences.values()))
+            engine.step()
+            owned = {8 * each.data_shard + each.slot for each in sequences if each.slot is not None}
+            awake = np.flatnonzero(~np.asarray(engine.device_state.slots.done))
+            assert set(awake.tolist()) <= owned
+    engine.close()
 
 
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", pytest.param("pipe=2", marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import attention
@@ -18,6 +19,9 @@ from pallas_kernels.attention import KVSpec, Ragged, cases
 from pallas_kernels.attention.cases import Case, Inputs, Outcome
 from pallas_kernels.native import jit
 from sharding import context, topology, traffic
+from sharding.mesh import make_mesh
+from sharding.mesh_config import MeshConfig
+from sharding.parallel import parallel_of
 from sharding.tpu_slice import Slice
 
 # context shards -> the mesh they are part of, and the names of its axes that are context
@@ -347,3 +351,19 @@ def test_on_tpus_queries_travel_while_the_kernel_runs_and_no_page_is_copied(name
     for collective in found:
         if collective.kind == "collective-permute":
             assert collective.is_async and collective.beside
+
+
+def test_what_the_first_shard_chose_is_what_all_have() -> None:
+    """Their own tokens may differ, where a network adds each group's sums in another order."""
+    mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
+    parallel = parallel_of(mesh, 8, ())
+
+    def chosen() -> Any:
+        device = sum(place * lax.axis_index(name) for name, place in (("data", 100), ("context", 10), ("tensor", 0)))
+        own = {"tokens": jnp.array([device, 7 + device]), "bad": jnp.array([device % 100 == 0, device % 100 == 10])}
+        return jax.tree.map(lambda x: x[None], parallel.of_first_context(own))
+
+    told = jax.jit(mesh.run(chosen, (), mesh.by_device))()
+    assert told["bad"].dtype == bool and told["bad"].tolist() == [[True, False]] * 8
+    assert told["tokens"].tolist() == [[0, 7]] * 4 + [[100, 107]] * 4
+    assert parallel_of(None, 8, ()).of_first_context(told) is told

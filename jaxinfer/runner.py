@@ -96,9 +96,12 @@ class Runner:
         return program(self.parameters, hidden, *placed)
 
     def reset(self) -> None:
-        """Allocate the device state anew, as a failed call deleted it."""
-        if self._followers is not None:
-            self._followers.broadcast(Message(Kind.RESET))
+        """Allocate the device state anew, as a failed call deleted it. Over several hosts, when all calls have ended.
+
+        Raises RuntimeError or HostLostError where another host's do not.
+        """
+        if self._group is not None:
+            self._group.restart()
         self._hidden.clear()
         del self.state
         self.state = self.blueprint.empty_state()

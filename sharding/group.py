@@ -34,6 +34,7 @@ from sharding.links import Exchange, Link
 log = logging.getLogger(__name__)
 
 LOST_S = 2.0  # for a failed device call to turn out to be a lost host
+RESTART_S = 10.0  # for device calls to end after one of host 0 failed
 SAID_CHARS = 80  # of what a host says, in a message
 CLOSE_S = 10.0  # for followers to end after STOP
 MAX_WAITING_BYTES = 1 << 30  # of calls that this host has not begun yet
@@ -84,8 +85,8 @@ class Group:
         return self._stopped
 
     def check(self) -> None:
-        """Raise HostLostError if a host is lost."""
-        if self._lost is not None:
+        """Raise HostLostError if a host is lost, unless they go because this one said that it failed."""
+        if self._lost is not None and not self._failed:
             raise self._lost
 
     def check_after(self, error: Exception) -> None:
@@ -111,10 +112,11 @@ class Group:
         self._failed = True
         self._exchange.broadcast(frame(Kind.LOST, encode_loss(self.rank, self.describe(self.rank), reason)))
 
-    def agree(self, facts: Mapping[str, Any], advice: str = SAME_EVERYWHERE) -> None:
+    def agree(self, facts: Mapping[str, Any], advice: str = SAME_EVERYWHERE, *, timeout_s: float | None = None) -> None:
         """Return when every host has said the same `facts` (JSON); HostsError names who says what else, everywhere.
 
         Every host calls it, in the same order; `advice` ends the message. HostLostError when one goes away instead.
+        `timeout_s`: of host 0, after which HostsError names who has not said anything; the group is no good then.
         """
         said = json.dumps(facts, sort_keys=True)
         if len(said.encode()) > MAX_FACTS_BYTES:
@@ -124,7 +126,7 @@ class Group:
             error = self._next_verdict()[1]
         else:
             own = json.loads(said)
-            answers = dict(self._next_verdict() for _ in self._links)
+            answers = self._answers(timeout_s)
             error = next((text for i in sorted(answers) if (text := self._difference(i, answers[i], own))), "")
             error += f"; {advice}" if error and advice else ""
             self._exchange.broadcast(frame(Kind.AGREE, clip(json.dumps(error[: MAX_TEXT_BYTES // 6]))))  # \\u escapes
@@ -153,6 +155,23 @@ class Group:
         if self.is_leader:
             self.broadcast(Message(Kind.PREPARE, *shape))
         return self.together(f"program {shape}", work)
+
+    def restart(self) -> None:
+        """Begin anew after a device call failed: return when no host has one under way, so that the next is the same.
+
+        Host 0 sends RESET; the others call this when they got it and their calls have ended. RuntimeError, on host 0,
+        where a host's have not after RESTART_S: they wait for its part of the call that failed. The group ends.
+        """
+        if not self.is_leader:
+            self.agree({"calls": "ended"}, "")
+            return
+        self.broadcast(Message(Kind.RESET))
+        try:
+            self.agree({"calls": "ended"}, "", timeout_s=RESTART_S)
+        except HostsError as error:
+            text = f"its device call failed, and those of others have not ended: {error}"
+            self.fail(text)
+            raise RuntimeError(text) from error
 
     def describe(self, host_id: int) -> str:
         """Name and address of a host that this one is connected to, or its own."""
@@ -198,7 +217,7 @@ class Group:
         if message is None:
             self._inbox.put(None)  # for whoever asks again
             self.check()
-        assert message is not None
+            raise RuntimeError("this host has failed, and the others are going")
         with self._lock:
             self._waiting_bytes -= sum(buffer.nbytes for buffer in message.buffers)
         return message
@@ -254,7 +273,7 @@ class Group:
             if self._lost is not None or self._stopped.is_set():
                 return
             self._lost = error = HostLostError(host_id, self.size, address, reason)
-            callbacks = list(self._callbacks)
+            callbacks = [] if self._failed else list(self._callbacks)  # it goes because this one does
         self._lost_event.set()
         if self.is_leader:  # the lost one too, if it still hears: it was perhaps told to stop
             self._exchange.broadcast(frame(Kind.LOST, encode_loss(host_id, address, reason)))
@@ -270,8 +289,22 @@ class Group:
 
     # ---- agreement
 
-    def _next_verdict(self) -> tuple[int, Any]:
-        verdict = self._verdicts.get()
+    def _answers(self, timeout_s: float | None) -> dict[int, Any]:
+        """What each of the others says."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        found: dict[int, Any] = {}
+        while len(found) < len(self._links):
+            try:
+                host_id, answer = self._next_verdict(None if deadline_s is None else deadline_s - time.monotonic())
+            except queue.Empty:
+                silent = ", ".join(str(i) for i in range(1, self.size) if i not in found)
+                raise HostsError(f"no answer from hosts {silent} of {self.size} within {timeout_s:g} s") from None
+            found[host_id] = answer
+        return found
+
+    def _next_verdict(self, timeout_s: float | None = None) -> tuple[int, Any]:
+        """queue.Empty past the timeout."""
+        verdict = self._verdicts.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
         if verdict is None:
             self._verdicts.put(None)  # for whoever asks again
             self.check()

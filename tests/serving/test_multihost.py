@@ -32,12 +32,33 @@ ENGINE = (
     *("--max-num-batched-tokens", "64", "--min-prefill-bucket", "64", "--page-size", "16"),
 )
 
+# The command line with a device that fails at the fifth call; on host 0 the others have been told of the call then.
+FAILING = """
+import sys
+from jaxinfer import runner
+from sharding.control import Kind, Message
+where, step, num_calls = sys.argv.pop(1), runner.Runner.step, 0
+def failing(self, shape, buffers, call):
+    global num_calls
+    num_calls += 1
+    leads = self._followers is not None
+    if num_calls == 5 and (leads or where == "everywhere"):
+        if leads:
+            told = Message(Kind.CALL, shape.num_slots, shape.prefill_tokens, call=call, buffers=tuple(buffers))
+            self._followers.broadcast(told)
+        raise RuntimeError("out of memory")
+    return step(self, shape, buffers, call)
+runner.Runner.step = failing
+from serving.cli import main
+sys.exit(main())
+"""
+
 
 class Process:
     """A `jaxinfer` command; stderr is kept."""
 
-    def __init__(self, model: Path, *arguments: str, devices: int):
-        command = [sys.executable, "-m", "serving.cli", arguments[0], str(model), *arguments[1:], *ENGINE]
+    def __init__(self, model: Path, *arguments: str, devices: int, program: tuple[str, ...] = ("-m", "serving.cli")):
+        command = [sys.executable, *program, arguments[0], str(model), *arguments[1:], *ENGINE]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -57,7 +78,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def running(model: Path, *arguments: str, size: int) -> Iterator[list[Process]]:
+def running(
+    model: Path, *arguments: str, size: int, program: tuple[str, ...] = ("-m", "serving.cli")
+) -> Iterator[list[Process]]:
     """One process with two devices, or two with one each; what still runs at the end is killed."""
     if size == 1:
         found = [Process(model, *arguments, devices=2)]
@@ -65,7 +88,7 @@ def running(model: Path, *arguments: str, size: int) -> Iterator[list[Process]]:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
         shared = (*arguments, "--coordinator", coordinator, "--num-hosts", str(size))
-        found = [Process(model, *shared, "--host-id", str(i), devices=1) for i in range(size)]
+        found = [Process(model, *shared, "--host-id", str(i), devices=1, program=program) for i in range(size)]
     try:
         yield found
     finally:
@@ -150,6 +173,25 @@ def test_generate_on_two_processes_prints_what_one_prints(shipped_model: Path) -
         documents.append(json.loads(outs[0]))
         assert outs[1:] == [""] * (size - 1), "host 0 alone prints"
     assert documents[0] == documents[1]
+
+
+@pytest.mark.parametrize("where", ["everywhere", "on host 0 alone"])
+def test_a_device_call_that_fails(shipped_model: Path, where: str) -> None:
+    """Everywhere: what is generated is the same all the same. On host 0 alone the other's call waits for its part."""
+    arguments = ("generate", "--json", "--prompt", "def main():", "--max-tokens", "24", "--temperature", "0")
+    with running(shipped_model, *arguments, size=1) as [alone]:
+        expected = json.loads(alone.process.stdout.read())
+    with running(shipped_model, *arguments, size=2, program=("-c", FAILING, where)) as processes:
+        out = processes[0].process.stdout.read()
+        codes = [process.end() for process in processes]
+    last = [process.err[-1] for process in processes]
+    assert "device call failed (1 in a row), replaying: out of memory" in "\n".join(processes[0].err)
+    if where == "everywhere":
+        assert codes == [0, 0] and json.loads(out) == expected, last
+    else:
+        assert codes[0] == codes[1] == 1 and out == "", last
+        why = "its device call failed, and those of others have not ended: no answer from hosts 1 of 2 within 10 s"
+        assert all(why in line for line in last), last
 
 
 @pytest.mark.parametrize("victim", [0, 1])

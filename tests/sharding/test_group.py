@@ -419,6 +419,36 @@ def test_work_that_fails_on_one_host_leaves_no_other_waiting(hosts: Hosts, who: 
             (leading, following)[1 - who].result(10)
 
 
+def test_all_begin_anew_when_the_calls_of_all_have_ended(hosts: Hosts) -> None:
+    leader, *followers = hosts.meet(3)
+    leading = hosts.pool.submit(leader.restart)
+    for follower in followers:
+        message = follower.receive(10)
+        assert message is not None and message.kind is Kind.RESET and not leading.done()
+    list(hosts.pool.map(Group.restart, followers))
+    assert leading.result(10) is None
+
+
+def test_a_call_that_does_not_end_after_a_failure_ends_the_group(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the part of host 0, whose call failed alone; what host 0 calls next would be taken for it."""
+    monkeypatch.setattr("sharding.group.RESTART_S", 0.3)
+    leader, ended, stuck = hosts.meet(3)
+    ending = hosts.pool.submit(ended.restart)
+    expected = "its device call failed, and those of others have not ended: no answer from hosts 2 of 3 within 0.3 s"
+    with pytest.raises(RuntimeError) as caught:
+        leader.restart()
+    assert str(caught.value) == expected
+    with pytest.raises(HostLostError):
+        ending.result(10)
+    assert all(expected in str(loss) for loss in losses([ended, stuck]))
+
+
+def test_both_ends_notice_a_peer_that_is_gone_without_a_word(hosts: Hosts) -> None:
+    [leader] = hosts.meet(2, silent=1)
+    for connection in (leader._links[0].connection, hosts.sockets[0]):
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 def _received(group: Group, num_slots: int, prefill_tokens: int) -> Message:
     message = group.receive(10)
     assert message is not None

@@ -205,6 +205,15 @@ def test_hosts_that_differ_do_not_begin() -> None:
         assert 'differs: mode is "another mode" there and "stop" on host 0' in err.splitlines()[-1]
 
 
+def test_hosts_that_listen_longer_than_others_beat_do_not_begin() -> None:
+    with members(2, "stop", count=1, lost_after_s=2.0) as [host]:
+        flags = json.loads(host.process.args[3]) | {"host_id": 1, "lost_after_s": 15.0}
+        other = Member(flags, "stop")
+        ends = [host.end(), other.end()]
+    for code, _, err in ends:
+        assert code == 3 and "differs: lost_after_s is 15.0 there and 2.0 on host 0" in err.splitlines()[-1], err
+
+
 # ---- in this process -------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,9 @@ def _sized(request: Request, blueprint: Blueprint, limit: int) -> Sizes:
     wanted = _pages(request)
     weights, slots = (sum(map(device_bytes, jax.tree.leaves(x))) for x in (blueprint.parameters, blueprint.state.slots))
     kv = _kv_bytes(request, wanted)
-    counts = []
-    for share in SPARE_SHARES:
-        left = limit - weights - int(share * limit) - slots
-        fewer = tuple(max(2, int(count * left / kv)) for count in wanted) if 0 < left < kv else wanted
-        if fewer not in counts:
-            counts.append(fewer)
-    return Sizes(limit, weights, kv, tuple(counts))
+    room = [limit - weights - int(share * limit) - slots for share in SPARE_SHARES]
+    cut = [tuple(max(2, min(count, int(count * left / kv))) for count in wanted) for left in room if left > 0]
+    return Sizes(limit, weights, kv, tuple(dict.fromkeys(cut)) or (wanted,))
 
 
 def _pages(request: Request, length: int | None = None, batch: int | None = None) -> tuple[int, ...]:
@@ -214,8 +211,8 @@ def _kv_bytes(request: Request, counts: tuple[int, ...]) -> int:
 def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The sum of it, by what each program needs at most beside weights and K/V.
 
-    Where a program was not compiled with as few pages as may be, that is not known: "needed_bytes" is too little, and
-    there is no "capacity".
+    Where a program could not be compiled at all, that is not known: "needed_bytes" is too little, and there is no
+    "capacity".
     """
     compiled = [program for program in programs.values() if "error" not in program]
     temporaries = max((program["temporary_bytes"] + program["result_bytes"] for program in compiled), default=0)
@@ -223,6 +220,10 @@ def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]])
     needed = sizes.weights + sizes.kv + temporaries + others
     left = sizes.limit - needed + sizes.kv
     whole = len(compiled) == len(programs)
+    compiled_with = min((program["kv_bytes"] for program in compiled), default=None)
+    refused = any(program["refused"] for program in compiled)
+    if refused and needed <= sizes.limit:  # by the sum they would fit, and the compiler needs more than the sum
+        left = min(program["kv_bytes"] for program in compiled)
     return {
         "limit_bytes": sizes.limit,
         "weight_bytes": sizes.weights,
@@ -231,8 +232,8 @@ def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]])
         "temporary_bytes": temporaries,
         "needed_bytes": needed,
         "headroom_bytes": sizes.limit - needed,
-        "fits": needed <= sizes.limit and whole and not any(program["refused"] for program in compiled),
-        "compiled_with_kv_bytes": min((program["kv_bytes"] for program in compiled), default=None),
+        "fits": needed <= sizes.limit and whole and not refused,
+        "compiled_with_kv_bytes": compiled_with,
         "default_kv_bytes": int(sizes.limit * memory.KV_SHARE),
         "capacity": [{"length": length, "sequences": count} for length, count in _capacity(request, left) if whole],
     }
@@ -258,6 +259,8 @@ def _program(
     found: dict[str, Any] = {"program": str(shape), "roofline": _roofline(request, blueprint, shape)}
     refused = ""  # the compiler's words
     for counts in sizes.page_counts:
+        if refused:
+            say(f"{request.name} on {request.piece.name}: {shape} does not fit: with fewer pages, {counts}")
         if counts != blueprint.limits.num_pages:
             blueprint = Blueprint(request.model, request.config, blueprint.mesh, num_pages=counts)
         cpu_began = time.process_time()
@@ -268,7 +271,6 @@ def _program(
                 break
             except topology.OutOfMemory as error:
                 refused = str(error).splitlines()[0]
-                say(f"{request.name} on {request.piece.name}: {shape} is too large with {counts} pages: with fewer")
     else:
         return {**found, "error": refused}
     if keep_text is not None:
@@ -296,9 +298,9 @@ def _program(
 
 def _text_name(request: Request, shape: Shape) -> str:
     """Of a file: another for everything that makes it another program."""
-    config = request.config
-    words = (request.name, request.weights or config.dtype, request.piece.name, config.mesh, request.context, shape)
-    return re.sub(r"[^\w.-]+", "-", "_".join(str(word) for word in words if word)).strip("-") + ".hlo"
+    options = sha256(repr((request.model, request.config)).encode()).hexdigest()[:8]
+    words = (request.name, request.weights, request.piece.name, request.config.mesh, shape, options)
+    return re.sub(r"[^\w.-]+", "-", "_".join(str(word) for word in words if word)) + ".hlo"
 
 
 def _grouped(collectives: tuple[traffic.Collective, ...]) -> list[dict[str, Any]]:

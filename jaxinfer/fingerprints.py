@@ -6,7 +6,6 @@ Hides how much of a checkpoint is looked at: enough to tell two fine-tunes of a 
 from __future__ import annotations
 
 import dataclasses
-import os
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +25,7 @@ SAMPLE_BYTES = 512
 def facts(model_dir: Path, config: EngineConfig) -> dict[str, Any]:
     """All that every host's engine has to have alike, as JSON has it, so that a message can name what differs.
 
-    Raises CheckpointError where there are no weights that can be read.
+    Raises CheckpointError where there are no weights that can be read, OSError where there is no config.
     """
     options = dataclasses.asdict(config)
     del options["compilation_cache_dir"]  # a path, and each host's own
@@ -60,7 +59,8 @@ def of_weights(model_dir: Path) -> str:
         for index, tensor in enumerate(tensors):
             digest.update(f"{tensor.name}\0{tensor.dtype_code}\0{tensor.shape}\0".encode())
             if index % stride == 0:
-                middle = (tensor.start + tensor.end) // 2
-                size = min(SAMPLE_BYTES, tensor.end - middle)
-                digest.update(os.pread(tensor.file.fileno(), size, middle))
+                middle = tensor.num_bytes // 2
+                sample = bytearray(min(SAMPLE_BYTES, tensor.num_bytes - middle))
+                tensor.read_bytes_into(memoryview(sample), middle)
+                digest.update(sample)
     return digest.hexdigest()

@@ -99,7 +99,8 @@ class ShardedScheduler:
     def _share_out(self) -> None:
         """Let shards with free slots take over requests that are next elsewhere and find no slot or pages there.
 
-        Whatever was guessed when a request came: no shard idles while another one's queue stands still.
+        Whatever was guessed when a request came, no shard idles while another one's queue stands still; but for a head
+        that has to stay (it was preempted, say), which nobody overtakes.
         """
         givers = [shard for shard, scheduler in enumerate(self._schedulers) if scheduler.stuck_head() is not None]
         for taker in range(len(self._schedulers)) if givers else ():

@@ -108,14 +108,16 @@ def memory_cells(row: Row, found: dict[str, Any]) -> list[str]:
     memory, program = found["memory"], program_of(found)
     if "error" in program:
         return [row.setup.label, row.setup.device, row.setup.mesh, what(row), f"**{program['error'][:120]}**"]
-    gib = [memory[key] / GIB for key in ("weight_bytes", "kv_bytes", "temporary_bytes", "headroom_bytes")]
+    gib = [f"{memory[key] / GIB:.2f}" for key in ("weight_bytes", "kv_bytes", "temporary_bytes", "headroom_bytes")]
+    if memory["headroom_bytes"] >= 0 and not memory["fits"]:
+        gib[-1] += ", and refused"
     fits = {entry["length"]: entry["sequences"] for entry in memory["capacity"]}
     return [
         row.setup.label,
         row.setup.device,
         row.setup.mesh or "one device",
         what(row),
-        *(f"{each:.2f}" for each in gib),
+        *gib,
         f"{fits[2048]:,} / {fits[8192]:,}",
     ]
 

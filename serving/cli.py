@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    debug = getattr(args, "debug", False)
     try:
         if getattr(args, "model", None) is not None:
             _check_model(args.model)
@@ -73,8 +72,6 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError):
             _discard(sys.stdout)  # or the interpreter would fail to flush it at exit
-        if debug:
-            _to_stderr(traceback.format_exc())
         return _failed(args, error)
 
 
@@ -304,6 +301,8 @@ def _end(args: argparse.Namespace, text: str) -> None:
 
 def _failed(args: argparse.Namespace, error: Exception) -> int:
     """Say what ended the command; the exit code: 2 where its arguments did."""
+    if getattr(args, "debug", False):
+        _to_stderr("".join(traceback.format_exception(error)))
     usage = isinstance(error, (ConfigError, HostsError, RequestError))
     return _fail(args, str(error) or type(error).__name__, 2 if usage else 1)
 

@@ -124,14 +124,15 @@ def _print(found: dict[str, Any]) -> None:
         f"[bold]{found['model']}[/bold] ({weights}, K/V {found['kv_dtype']}) on {found['device']['name']}, "
         f"mesh {found['mesh']}: batch {found['batch']}, context {found['context']:,}"
     )
-    _print_memory(console, found["memory"])
+    _print_memory(console, found)
     for program in found["programs"].values():
         _print_program(console, program)
 
 
-def _print_memory(console: Any, memory: dict[str, Any]) -> None:
+def _print_memory(console: Any, found: dict[str, Any]) -> None:
     from rich.table import Table
 
+    memory = found["memory"]
     table = Table("bytes of each device", "", "of HBM", title=None)
     for label, key in (
         ("weights", "weight_bytes"),
@@ -155,8 +156,9 @@ def _print_memory(console: Any, memory: dict[str, Any]) -> None:
         console.print(f"compiled with {size(compiled_with)} of K/V pages instead")
     if memory["fits"] and memory["kv_bytes"] > memory["default_kv_bytes"]:
         console.print(
-            f"serve it with --kv-memory-bytes {memory['kv_bytes']}: by default an engine takes "
-            f"{size(memory['default_kv_bytes'])} of each device for K/V"
+            f"serve it with --max-num-seqs {found['batch']} --max-model-len {found['context']} "
+            f"--kv-memory-bytes {memory['kv_bytes']}: by default an engine takes {size(memory['default_kv_bytes'])} of "
+            "each device for K/V"
         )
     fits = ", ".join(f"{entry['sequences']:,} of {entry['length']:,}" for entry in memory["capacity"])
     if fits:

@@ -191,16 +191,22 @@ class ReplicaSet:
         return (await asyncio.gather(*(replica.engine.call(function) for replica in self._live())))[0]
 
     async def info(self) -> dict[str, Any]:
-        """What `Engine.info` says of one replica, and as `replicas` how each of them does; for JSON."""
-        outcomes = await asyncio.gather(
-            *(replica.engine.call(lambda engine: (engine.info(), engine.stats())) for replica in self._replicas),
-            return_exceptions=True,
-        )
+        """What `Engine.info` says of one replica, and as `replicas` how each of them does; for JSON.
+
+        One whose device call hangs is not asked: it would not answer.
+        """
+
+        async def asked(engine: AsyncEngine) -> Any:
+            return None if engine.is_stuck else await engine.call(lambda engine: (engine.info(), engine.stats()))
+
+        outcomes = await asyncio.gather(*(asked(replica.engine) for replica in self._replicas), return_exceptions=True)
         first: dict[str, Any] = {}
         described = []
         for replica, outcome in zip(self._replicas, outcomes, strict=True):
             entry: dict[str, Any] = {"state": str(replica.engine.state), "num_open": replica.num_open}
-            if isinstance(outcome, BaseException):  # it is dead, or died of this
+            if outcome is None:
+                entry["stuck"] = True
+            elif isinstance(outcome, BaseException):  # it is dead, or died of this
                 entry["error"] = type(replica.engine.error or outcome).__name__
             else:
                 info, stats = outcome

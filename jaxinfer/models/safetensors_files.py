@@ -70,9 +70,12 @@ class StoredTensor:
 
     def read_into(self, out: np.ndarray, first: int = 0) -> None:
         """Elements [first, first + out.size) in the file's order; `out` is contiguous and of the stored dtype."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
-        position = self.start + first * self.dtype.itemsize
-        assert self.start <= position <= self.end - out.nbytes, f"{self}: {out.size} elements from {first} on"
+        self.read_bytes_into(memoryview(out.reshape(-1).view(np.uint8)), first * self.dtype.itemsize)
+
+    def read_bytes_into(self, view: memoryview, first: int) -> None:
+        """Bytes [first, first + len(view)). CheckpointError where they cannot be read."""
+        position = self.start + first
+        assert self.start <= position <= self.end - len(view), f"{self}: {len(view)} bytes from {first} on"
         while view:
             try:
                 count = os.preadv(self.file.fileno(), [view], position)

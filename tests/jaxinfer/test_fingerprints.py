@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxinfer import fingerprints
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine import Engine
 from jaxinfer.models.checkpoint import ORBAX_DIR, CheckpointError
+from jaxinfer.models.safetensors_files import StoredTensor
+from sharding.hosts import HostsError
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "llama"
 
@@ -58,8 +62,10 @@ def test_another_weight_is_another_model(model: Path, change: str) -> None:
 
 def test_few_tensors_are_looked_into_where_there_are_many(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    pread = fingerprints.os.pread
-    monkeypatch.setattr(fingerprints.os, "pread", lambda file, size, at: reads.append(size) or pread(file, size, at))
+    read = StoredTensor.read_bytes_into
+    monkeypatch.setattr(
+        StoredTensor, "read_bytes_into", lambda self, view, first: reads.append(len(view)) or read(self, view, first)
+    )
     monkeypatch.setattr(fingerprints, "MAX_SAMPLES", 3)
     fingerprints.of_weights(model)
     assert 0 < len(reads) <= 3 and max(reads) <= fingerprints.SAMPLE_BYTES
@@ -72,6 +78,20 @@ def test_options_and_files_are_named_and_paths_are_each_hosts_own(model: Path) -
     assert found == fingerprints.facts(GOLDEN, EngineConfig(max_num_seqs=3))
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     assert fingerprints.facts(model, config)["config.json"] != found["config.json"]
+
+
+def test_an_engine_compares_before_it_loads(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Group:
+        size = 1
+
+        def agree(self, said: dict[str, Any], advice: str = "") -> None:
+            assert said == fingerprints.facts(model, config)
+            raise HostsError("differs: weights")
+
+    config = EngineConfig(max_num_seqs=3, dtype="float32")
+    monkeypatch.setattr("jaxinfer.engine.load_parameters", lambda *args, **options: pytest.fail("it loads"))
+    with pytest.raises(HostsError, match="differs: weights"):
+        Engine(model, config, group=Group())
 
 
 def test_weights_that_are_not_there_say_so_and_orbax_is_a_word(model: Path) -> None:

@@ -202,6 +202,7 @@ async def test_a_stuck_replica_gets_nothing_while_another_can(fakes):
             await _tokens(replicas.submit(_request(i)))
         assert [replica.num_submitted for replica in replicas._replicas] == [0, 3]
         assert not replicas.is_stuck
+        assert [entry.get("stuck", False) for entry in (await replicas.info())["replicas"]] == [True, False]
         engines[1].is_stuck = True
         assert replicas.is_stuck
         await _tokens(replicas.submit(_request()))

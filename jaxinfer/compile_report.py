@@ -222,8 +222,8 @@ def _memory(request: Request, sizes: Sizes, programs: dict[str, dict[str, Any]])
     whole = len(compiled) == len(programs)
     compiled_with = min((program["kv_bytes"] for program in compiled), default=None)
     refused = any(program["refused"] for program in compiled)
-    if refused and needed <= sizes.limit:  # by the sum they would fit, and the compiler needs more than the sum
-        left = min(program["kv_bytes"] for program in compiled)
+    if refused and compiled_with is not None:  # the compiler needs more than the sum says
+        left = min(left, compiled_with)
     return {
         "limit_bytes": sizes.limit,
         "weight_bytes": sizes.weights,

@@ -319,7 +319,7 @@ class Engine:
                     text = f"the device call failed {self._failures_in_a_row} times in a row; the server's log says how"
                     self._end(sequence, FinishReason.ERROR, text)
         self._scheduler.reset_device()
-        self._runner.reset()
+        self._runner.reset(f"{type(error).__name__}: {error}")
 
     def follow(self, message: Message) -> Any:
         """On a host other than the first: make the device call that the first one makes; what to wait for."""

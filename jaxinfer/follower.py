@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class Leading(Protocol):
     def prepare(self, message: Message, work: Callable[[], Any]) -> Any: ...
 
     def fail(self, reason: str) -> None: ...
+
+    def check(self) -> None: ...
 
 
 class Following(Protocol):
@@ -112,15 +115,23 @@ class Follower:
             self._in_flight.append(done)
 
     def _end_in_flight(self) -> None:
-        """See calls on the lost state to their ends: host 0's next would meet them. It gives up if they have none."""
-        while self._in_flight:
-            with contextlib.suppress(Exception):  # as host 0's did
-                _wait(self._in_flight.popleft())
+        """See calls on the lost state to their ends: host 0's next would meet them. Host 0 does not wait for ever."""
+        calls, self._in_flight = list(self._in_flight), deque()
+        ended = threading.Event()
+
+        def wait() -> None:
+            for arrays in calls:
+                with contextlib.suppress(Exception):  # as host 0's did
+                    _wait(arrays)
+            ended.set()
+
+        threading.Thread(target=wait, name="jaxinfer-reset", daemon=True).start()
+        while not ended.wait(LOOK_S):
+            self._group.check()
 
     def _note(self, error: Exception) -> None:
         """A call failed. Host 0, for which it fails too, says RESET soon; if not, this host alone failed."""
         log.error("device call failed, waiting for host 0 to start anew: %s", error)
-        self._in_flight.clear()
         self._failure, self._deadline_s = error, time.monotonic() + RESET_WAIT_S
 
     def _wait_until_done(self) -> None:

@@ -95,13 +95,13 @@ class Runner:
         placed = [to_devices(np.asarray(value), place) for value, place in zip(arguments, places, strict=True)]
         return program(self.parameters, hidden, *placed)
 
-    def reset(self) -> None:
-        """Allocate the device state anew, as a failed call deleted it. Over several hosts, when all calls have ended.
+    def reset(self, reason: str = "") -> None:
+        """Allocate the device state anew, as a failed call deleted it. Over several hosts, when the others' have ended.
 
-        Raises RuntimeError or HostLostError where another host's do not.
+        Raises RuntimeError, with the `reason`, or HostLostError where they do not.
         """
         if self._group is not None:
-            self._group.restart()
+            self._group.restart(reason)
         self._hidden.clear()
         del self.state
         self.state = self.blueprint.empty_state()

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MAX_BLOCKS = 100_000  # that are remembered per replica
 BLOCK_TOKENS = 16  # where the engine's page size is left to its device
 IMBALANCE = 0.25  # of a replica's slots: by how many requests a prefix may make it busier than the least busy one
+INFO_S = 2.0  # for a replica to say how it does
 ORDER = (State.LOADING, State.WARMING, State.READY, State.DRAINING, State.STOPPED)
 
 type AnyEngine = AsyncEngine | ReplicaSet
@@ -193,19 +194,16 @@ class ReplicaSet:
     async def info(self) -> dict[str, Any]:
         """What `Engine.info` says of one replica, and as `replicas` how each of them does; for JSON.
 
-        One whose device call hangs is not asked: it would not answer.
+        One that does not answer within INFO_S, as its device call hangs, is not waited for.
         """
-
-        async def asked(engine: AsyncEngine) -> Any:
-            return None if engine.is_stuck else await engine.call(lambda engine: (engine.info(), engine.stats()))
-
-        outcomes = await asyncio.gather(*(asked(replica.engine) for replica in self._replicas), return_exceptions=True)
+        asked = (replica.engine.call(lambda engine: (engine.info(), engine.stats())) for replica in self._replicas)
+        outcomes = await asyncio.gather(*(asyncio.wait_for(one, INFO_S) for one in asked), return_exceptions=True)
         first: dict[str, Any] = {}
         described = []
         for replica, outcome in zip(self._replicas, outcomes, strict=True):
             entry: dict[str, Any] = {"state": str(replica.engine.state), "num_open": replica.num_open}
-            if outcome is None:
-                entry["stuck"] = True
+            if isinstance(outcome, TimeoutError):
+                entry["error"] = f"no answer within {INFO_S:g} s"
             elif isinstance(outcome, BaseException):  # it is dead, or died of this
                 entry["error"] = type(replica.engine.error or outcome).__name__
             else:

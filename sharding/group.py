@@ -89,6 +89,11 @@ class Group:
         if self._lost is not None and not self._failed:
             raise self._lost
 
+    def _check_going_on(self) -> None:
+        self.check()
+        if self._failed:
+            raise RuntimeError("this host has failed, and the group ends")
+
     def check_after(self, error: Exception) -> None:
         """Raise HostLostError if `error` may come of a lost host.
 
@@ -156,11 +161,12 @@ class Group:
             self.broadcast(Message(Kind.PREPARE, *shape))
         return self.together(f"program {shape}", work)
 
-    def restart(self) -> None:
-        """Begin anew after a device call failed: return when no host has one under way, so that the next is the same.
+    def restart(self, reason: str = "") -> None:
+        """Begin anew after a device call failed: return when no other host has one under way that the next would meet.
 
         Host 0 sends RESET; the others call this when they got it and their calls have ended. RuntimeError, on host 0,
         where a host's have not after RESTART_S: they wait for its part of the call that failed. The group ends.
+        `reason`: why it failed, for the message.
         """
         if not self.is_leader:
             self.agree({"calls": "ended"}, "")
@@ -169,7 +175,7 @@ class Group:
         try:
             self.agree({"calls": "ended"}, "", timeout_s=RESTART_S)
         except HostsError as error:
-            text = f"its device call failed, and those of others have not ended: {error}"
+            text = f"its device call failed ({reason}), and those of others have not ended: {error}"
             self.fail(text)
             raise RuntimeError(text) from error
 
@@ -183,7 +189,7 @@ class Group:
 
     def broadcast(self, message: Message) -> None:
         """Send a message to every follower, without waiting for anybody. HostLostError when one is lost."""
-        self.check()
+        self._check_going_on()
         self._exchange.broadcast(message.encode())
 
     def on_leave(self, callback: Callable[[str], object]) -> None:
@@ -216,8 +222,8 @@ class Group:
             return None
         if message is None:
             self._inbox.put(None)  # for whoever asks again
-            self.check()
-            raise RuntimeError("this host has failed, and the others are going")
+            self._check_going_on()
+        assert message is not None
         with self._lock:
             self._waiting_bytes -= sum(buffer.nbytes for buffer in message.buffers)
         return message
@@ -304,10 +310,11 @@ class Group:
 
     def _next_verdict(self, timeout_s: float | None = None) -> tuple[int, Any]:
         """queue.Empty past the timeout."""
+        self._check_going_on()
         verdict = self._verdicts.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
         if verdict is None:
             self._verdicts.put(None)  # for whoever asks again
-            self.check()
+            self._check_going_on()
             raise HostsError("host 0 has ended the group")
         return verdict
 

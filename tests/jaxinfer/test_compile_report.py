@@ -177,8 +177,10 @@ def test_what_does_not_fit_or_does_not_compile() -> None:
         # with fewer pages it was compiled, and by the sum there should be room for all
         found = compile_report._memory(request(), large, {"decode": program(refused="RESOURCE_EXHAUSTED")})
         most = dict(compile_report._capacity(request(), GIB))
+        small = compile_report._memory(request(), sizes, {"decode": program(refused="RESOURCE_EXHAUSTED")})
     assert (found["fits"], found["headroom_bytes"] > 0, found["compiled_with_kv_bytes"]) == (False, True, GIB)
-    assert {entry["length"]: entry["sequences"] for entry in found["capacity"]} == most
+    for each in (found, small):
+        assert {entry["length"]: entry["sequences"] for entry in each["capacity"]} == most
 
 
 def test_pages_are_cut_for_more_and_more_beside_them() -> None:

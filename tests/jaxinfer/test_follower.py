@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ class FakeGroup:
         self.messages = list(messages)
         self.failures: list[str] = []
         self.num_prepared = 0
+        self.lost: HostLostError | None = None
 
     def receive(self, timeout_s: float | None = None) -> Message | None:
         if not self.messages:
@@ -40,6 +42,10 @@ class FakeGroup:
 
     def fail(self, reason: str) -> None:
         self.failures.append(reason)
+
+    def check(self) -> None:
+        if self.lost is not None:
+            raise self.lost
 
 
 class FakeEngine:
@@ -119,7 +125,7 @@ def test_a_failed_call_waits_for_reset_and_drops_what_was_of_the_lost_state(log:
     engine = FakeEngine(log, raises=(1,) if where == "dispatch" else ())
     group = FakeGroup(*calls(1, 2, 3, 4), RESET, *calls(5, 6), STOP)
     Follower(engine, group).run()
-    before = [1] if where == "dispatch" else [1, 2]
+    before = [1] if where == "dispatch" else [1, 2, ("done", 2)]
     assert log == [*before, Kind.RESET, 5, 6, ("done", 5), ("done", 6)]
     assert not group.failures
 
@@ -128,6 +134,19 @@ def test_reset_comes_after_the_ends_of_calls_on_the_lost_state(log: list[Any]) -
     FAILING.add(1)
     Follower(FakeEngine(log), FakeGroup(*calls(1, 2), RESET, *calls(3), STOP)).run()
     assert log == [1, 2, ("done", 2), Kind.RESET, 3, ("done", 3)]
+
+
+def test_a_call_that_does_not_end_after_reset_ends_with_host_0(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the part of host 0, whose call failed alone; host 0 waits for a time and goes."""
+    released = threading.Event()
+    monkeypatch.setattr(follower, "_wait", lambda call: released.wait(30))
+    monkeypatch.setattr(follower, "LOOK_S", 0.05)
+    group = FakeGroup(*calls(1), RESET, *calls(2), STOP)
+    group.lost = LOST
+    with pytest.raises(HostLostError, match="no sign of life"):
+        Follower(FakeEngine(log), group).run()
+    released.set()
+    assert log == [1]
 
 
 def test_a_failure_on_this_host_alone_ends_the_group(log: list[Any]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax import lax
+from mesh_models import VOCAB
 from mesh_runs import (
     BASE,
     GREEDY,
@@ -145,6 +147,23 @@ def test_long_steps_go_round_rings(zoo: Zoo, name: str, mesh: str) -> None:
     assert parallel.rows_per_step(4, 269) // parallel.prefill.token_shards > RING_ROWS
     got = serve_once(zoo.path(name), config, [wave])
     assert_equal(got, serve_once(zoo.path(name), replace(BASE, **long), [wave]), f"{mesh} in rings")
+
+
+def test_context_shards_take_the_tokens_of_the_first(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a network adds each shard's sums in another order, they may choose other tokens."""
+
+    def differing(*arguments: Any) -> sampling.SampleResult:
+        drawn = argmax_only(*arguments)
+        return replace(drawn, tokens=(drawn.tokens + lax.axis_index("context")) % VOCAB)
+
+    rng = np.random.default_rng(9)
+    wave = [Request(f"whole-{i}", random_tokens(rng, 5 + 20 * i), GREEDY) for i in range(2)]
+    alone = serve_once(zoo.path("llama"), BASE, [wave])
+    monkeypatch.setattr(sampling, "sample", differing)
+    got = serve_once(zoo.path("llama"), replace(BASE, mesh="context=2"), [wave])
+    assert {key: answer.tokens for key, answer in got.answers.items()} == {
+        key: answer.tokens for key, answer in alone.answers.items()
+    }
 
 
 def test_a_shard_that_grows_alone_wakes_no_slot_of_another(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,10 @@ def test_a_device_call_that_fails(shipped_model: Path, where: str) -> None:
         assert codes == [0, 0] and json.loads(out) == expected, last
     else:
         assert codes[0] == codes[1] == 1 and out == "", last
-        why = "its device call failed, and those of others have not ended: no answer from hosts 1 of 2 within 10 s"
+        why = (
+            "its device call failed (RuntimeError: out of memory), and those of others have not ended: no answer from "
+        )
+        why += "hosts 1 of 2 within 10 s"
         assert all(why in line for line in last), last
 
 

@@ -434,13 +434,18 @@ def test_a_call_that_does_not_end_after_a_failure_ends_the_group(hosts: Hosts, m
     monkeypatch.setattr("sharding.group.RESTART_S", 0.3)
     leader, ended, stuck = hosts.meet(3)
     ending = hosts.pool.submit(ended.restart)
-    expected = "its device call failed, and those of others have not ended: no answer from hosts 2 of 3 within 0.3 s"
+    expected = (
+        "its device call failed (no memory), and those of others have not ended: no answer from hosts 2 of 3 within"
+    )
     with pytest.raises(RuntimeError) as caught:
-        leader.restart()
-    assert str(caught.value) == expected
+        leader.restart("no memory")
+    assert str(caught.value) == f"{expected} 0.3 s"
     with pytest.raises(HostLostError):
         ending.result(10)
     assert all(expected in str(loss) for loss in losses([ended, stuck]))
+    for more in (lambda: leader.broadcast(Message(Kind.CALL)), lambda: leader.agree({}), leader.restart):
+        with pytest.raises(RuntimeError, match="this host has failed, and the group ends"):
+            more()
 
 
 def test_both_ends_notice_a_peer_that_is_gone_without_a_word(hosts: Hosts) -> None:

@@ -19,13 +19,14 @@ from serving.async_engine import AsyncEngine, NotReadyError, Progress, State, To
 
 if TYPE_CHECKING:  # importing the engine imports jax
     from jaxinfer.engine import Engine
+    from jaxinfer.engine_stats import EngineStats
 
 log = logging.getLogger(__name__)
 
 MAX_BLOCKS = 100_000  # that are remembered per replica
 BLOCK_TOKENS = 16  # where the engine's page size is left to its device
 IMBALANCE = 0.25  # of a replica's slots: by how many requests a prefix may make it busier than the least busy one
-INFO_S = 2.0  # for a replica to say how it does
+INFO_S = 10.0  # for a replica to say how it does; a model of many layers takes seconds to describe, once
 ORDER = (State.LOADING, State.WARMING, State.READY, State.DRAINING, State.STOPPED)
 
 type AnyEngine = AsyncEngine | ReplicaSet
@@ -72,6 +73,13 @@ class _Replica:
         self.prefixes = PrefixIndex()
         self.num_submitted = 0
         self._streams: list[TokenStream] = []
+        self._info: dict[str, Any] | None = None  # it does not change
+
+    async def describe(self) -> tuple[dict[str, Any], EngineStats]:
+        """`Engine.info` and `Engine.stats`, when the engine has time for it."""
+        if self._info is None:
+            self._info = await self.engine.call(lambda engine: engine.info())
+        return self._info, await self.engine.call(lambda engine: engine.stats())
 
     @property
     def num_open(self) -> int:
@@ -196,8 +204,8 @@ class ReplicaSet:
 
         One that does not answer within INFO_S, as its device call hangs, is not waited for.
         """
-        asked = (replica.engine.call(lambda engine: (engine.info(), engine.stats())) for replica in self._replicas)
-        outcomes = await asyncio.gather(*(asyncio.wait_for(one, INFO_S) for one in asked), return_exceptions=True)
+        asked = (asyncio.wait_for(replica.describe(), INFO_S) for replica in self._replicas)
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
         first: dict[str, Any] = {}
         described = []
         for replica, outcome in zip(self._replicas, outcomes, strict=True):

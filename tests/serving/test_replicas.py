@@ -195,14 +195,14 @@ async def test_a_prefix_makes_no_replica_much_busier_than_the_others(fakes):
 
 @pytest.mark.asyncio
 async def test_a_replica_whose_call_hangs_is_described_by_what_is_known(fakes, monkeypatch):
-    monkeypatch.setattr("serving.replicas.INFO_S", 0.3)
+    monkeypatch.setattr("serving.replicas.INFO_S", 2.0)
     engines = _engines(fakes, 2)
     async with _running(engines) as replicas:
         engines[0].go.clear()
         stream = replicas._replicas[0].submit(_request(), [])
         await asyncio.sleep(0.1)
         found = await replicas.info()
-        assert [entry.get("error") for entry in found["replicas"]] == ["no answer within 0.3 s", None]
+        assert [entry.get("error") for entry in found["replicas"]] == ["no answer within 2 s", None]
         assert found["replicas"][0]["num_open"] == 1 and found["model"] == "fake"
         engines[0].go.set()
         await _tokens(stream)

@@ -36,7 +36,7 @@ def found(**changes: Any) -> dict[str, Any]:
     }
     capacity = [{"length": length, "sequences": 5} for length in (2048, 8192)]
     sizes = dict.fromkeys(("weight_bytes", "kv_bytes", "temporary_bytes", "headroom_bytes"), GIB)
-    memory = {**sizes, "limit_bytes": 32 * GIB, "capacity": capacity}
+    memory = {**sizes, "limit_bytes": 32 * GIB, "capacity": capacity, "fits": True}
     return {"versions": scale_table.versions(), "memory": memory, "programs": {"x": program}}
 
 
@@ -55,7 +55,7 @@ def test_every_bar_of_a_good_report_is_kept() -> None:
         (DECODE, {"copies": [{"argument": "parameters[3]"}]}, "copies of weights", "parameters[3]"),
         (DECODE, {"collectives": [line("all-reduce", 162)]}, "all-reduces of a step", "162"),
         (DECODE, {"temporary_bytes": GIB}, "temporaries", "3.12%"),
-        (DECODE, {"seconds": {"compiling": 26.0}}, "time to compile", "26 s"),
+        (DECODE, {"seconds": {"tracing": 1.0, "lowering": 1.0, "compiling": 24.0}}, "time to compile", "26 s"),
         (PREFILL, {"overlap": 0.79}, "bytes sent beside products", "79%"),
         (PREFILL, {"overlap": None}, "bytes sent beside products", "0%"),
     ],
@@ -64,6 +64,14 @@ def test_a_bar_that_is_missed_is_marked(row: Row, changes: dict[str, Any], what:
     [missed] = [bar for bar in scale_table.bars({row: found(**changes)}) if not bar.kept]
     assert what in missed.what and missed.found == value
     assert "**missed**" in scale_table.bars_table([missed])
+
+
+def test_a_program_that_the_compiler_refused_with_all_its_pages_is_marked() -> None:
+    """By the sum it would fit."""
+    refused = found()
+    refused["memory"]["fits"] = False
+    cells = [scale_table.memory_cells(DECODE, each)[-2] for each in (found(), refused)]
+    assert cells == ["1.00", "1.00, and refused"]
 
 
 def test_large_temporaries_of_any_decode_program_are_named() -> None:

@@ -122,8 +122,7 @@ class Engine:
         self._sequences: dict[str, list[Sequence]] = {}  # by request id, unfinished ones
         self._ended: list[TokenEvent] = []  # events of completions the host ended
         self._flight: _Flight | None = None
-        self._num_requests = 0
-        self._failures_in_a_row = 0
+        self._num_requests = self._failures_in_a_row = 0
         self._counters = dict.fromkeys(("calls", "failed", "prompt", "cached", "generated"), 0)
         self._num_dispatched = 0
         self._stage_ticks = np.zeros(2, np.int64)  # of pipelined loops: all, and those that had work

@@ -199,8 +199,9 @@ async def test_a_replica_whose_call_hangs_is_described_by_what_is_known(fakes, m
     engines = _engines(fakes, 2)
     async with _running(engines) as replicas:
         engines[0].go.clear()
+        engines[0].stepping.clear()
         stream = replicas._replicas[0].submit(_request(), [])
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(engines[0].stepping.wait, 10)
         found = await replicas.info()
         assert [entry.get("error") for entry in found["replicas"]] == ["no answer within 2 s", None]
         assert found["replicas"][0]["num_open"] == 1 and found["model"] == "fake"

@@ -38,12 +38,13 @@ BAR_S = 30.0  # from the death of a host to the end of the others
 # The command line with an engine that needs no model: host 0 tells the others of each step, and in mode "hang" its
 # steps do not return once it is told to, like a collective whose peer is gone.
 PROGRAM = """
-import os, sys, time, types
+import os, sys, threading, time, types
 from concurrent.futures import ThreadPoolExecutor
 mode = sys.argv[2]
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine
 from sharding.control import Kind, Message
+compiling = threading.Event()
 class Engine(FakeEngine):
     def __init__(self, model, config, *, devices=None, progress=None, group=None):
         super().__init__(slots=4, max_model_len=1 << 30, pace_s=0.002)
@@ -51,13 +52,14 @@ class Engine(FakeEngine):
         if mode == "no memory" and group.rank:
             raise MemoryError("no room for weights")
         if mode == "a replica fails" and devices[0].id == 1:
-            time.sleep(2)  # the other compiles by then
+            assert compiling.wait(60)
             raise MemoryError("no room for weights")
         os.write(1, b"[Gloo] noise\\n")
     def warm_up(self, progress=None):
         while mode == "compiles for ever" and self.group.rank:
             time.sleep(1)
         if mode == "a replica fails":
+            compiling.set()
             with ThreadPoolExecutor(1) as pool:  # as an engine does: Python would wait for these at its end
                 list(pool.map(time.sleep, [1000]))
     def step(self):
